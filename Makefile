@@ -1,0 +1,26 @@
+# Every target makes the environment it needs by itself. PYTHON is the interpreter it is made from.
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: setup lint test clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements-cpu.txt pyproject.toml packaging/fbgemm-gpu-cpu-shim/pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements-cpu.txt
+	$(PY) -m pip check
+	touch $(STAMP)
+
+lint: $(STAMP)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest
+
+clean:
+	rm -rf out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Timings: each a ratio against a named rival in the same run."""

@@ -1,0 +1,1 @@
+"""Items, events and histories: schema, readers, batches, synthetic logs."""

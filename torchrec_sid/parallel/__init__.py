@@ -1,0 +1,1 @@
+"""All that knows about processes: sharding plans, checkpoints."""

@@ -1,0 +1,1 @@
+"""Quantizers: content embeddings to Semantic IDs."""

@@ -1,0 +1,1 @@
+"""SIDE: parameter-free features of a SID, and attention over histories of packed codes."""

@@ -1,0 +1,1 @@
+"""Parameter-free transforms from packed SIDs to table rows."""
