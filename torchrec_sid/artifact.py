@@ -58,7 +58,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         # mkstemp makes files private; an artefact is as readable as any file of its user.
         umask = os.umask(0)
