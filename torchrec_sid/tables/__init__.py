@@ -1,1 +1,19 @@
-"""Parameter-free transforms from packed SIDs to table rows."""
+"""SID tables: schemes that say which rows a SID addresses, and the transforms that evaluate them."""
+
+from torchrec_sid.tables.catalog_map import UNKNOWN, CatalogMap
+from torchrec_sid.tables.configs import SidEmbeddingBagConfig, SidEmbeddingConfig
+from torchrec_sid.tables.schemes import HashedId, HashedPrefix, NGramGroups, PerLevel, Scheme
+from torchrec_sid.tables.transform import SidTransform
+
+__all__ = [
+    "UNKNOWN",
+    "CatalogMap",
+    "HashedId",
+    "HashedPrefix",
+    "NGramGroups",
+    "PerLevel",
+    "Scheme",
+    "SidEmbeddingBagConfig",
+    "SidEmbeddingConfig",
+    "SidTransform",
+]

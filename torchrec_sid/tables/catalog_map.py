@@ -1,0 +1,81 @@
+"""Raw ids to packed SIDs on the device: the catalog as buffers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_sid.spec import SidSpec
+
+UNKNOWN = -1
+"""The packed SID of an item that the catalog does not hold: every SID table has one row for it."""
+
+
+class Catalog(Protocol):
+    """What is used of a :class:`torchrec_sid.catalog.SidCatalog`."""
+
+    spec: SidSpec
+    fingerprint: str
+
+    def item_ids(self) -> Tensor:
+        """Ids ``[N]`` int64, sorted."""
+
+    def lookup(self, item_ids: Tensor, unknown: int | None = None) -> Tensor:
+        """Packed SIDs ``[n]`` int64."""
+
+
+class CatalogMap(nn.Module):
+    """Ids ``[n]`` -> packed SIDs ``[n]`` int64; unknown ids -> -1, counted in ``unknown_count``.
+
+    Where the ids fill at least a quarter of their range the map is one gather, elsewhere a binary search.
+    The buffers are not part of the state_dict: the catalog is an artefact of its own, and its fingerprint
+    says which one a model was trained with.
+
+    Args:
+        catalog: an open SidCatalog.
+        device: where the buffers live; never meta, whose buffers would become zeros under DMP.
+    """
+
+    ids: Tensor
+    packed: Tensor
+    unknown_count: Tensor
+
+    def __init__(self, catalog: Catalog, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        device = _real(device)
+        ids = torch.as_tensor(catalog.item_ids(), dtype=torch.int64)
+        packed = torch.as_tensor(catalog.lookup(ids), dtype=torch.int64)
+        self.fingerprint: str = catalog.fingerprint
+        self._first: int = int(ids[0]) if len(ids) else 0
+        span = int(ids[-1]) - self._first + 1 if len(ids) else 1
+        self._direct: bool = span <= 4 * max(1, len(ids))
+        if self._direct:
+            table = torch.full((span + 1,), UNKNOWN, dtype=torch.int64)
+            table[ids - self._first] = packed
+            ids, packed = ids.new_zeros(0), table
+        self._span: int = span
+        self.register_buffer("ids", ids.to(device), persistent=False)
+        self.register_buffer("packed", packed.to(device), persistent=False)
+        self.register_buffer(
+            "unknown_count", torch.zeros((), dtype=torch.int64, device=device), persistent=False
+        )
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Raw ids ``[n]`` int64 -> packed SIDs ``[n]`` int64, without host synchronisation."""
+        if self._direct:
+            place = raw - self._first
+            # The last entry of the table is UNKNOWN: whatever is outside reads it.
+            outside = (place < 0).logical_or_(place >= self._span)
+            packed = self.packed[place.masked_fill_(outside, self._span)]
+        else:
+            place = torch.searchsorted(self.ids, raw).clamp_(max=self.ids.numel() - 1)
+            packed = self.packed[place].masked_fill_(self.ids[place] != raw, UNKNOWN)
+        self.unknown_count += (packed < 0).sum()
+        return packed
+
+
+def _real(device: torch.device | str | None) -> torch.device:
+    device = torch.device(device if device is not None else "cpu")
+    return torch.device("cpu") if device.type == "meta" else device

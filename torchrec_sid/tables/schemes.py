@@ -1,0 +1,278 @@
+"""The schemes: which rows of which tables a SID addresses, as frozen configurations.
+
+A scheme turns one item into a fixed number of rows. It describes them as *columns*, each a range of
+levels that picks one row of one table; the transform evaluates the columns, TorchRec's collections
+look the rows up and sum them.
+
+The row a range of levels ``(c_s .. c_e)`` picks is, where the table has room for every combination, its
+mixed-radix rank plus the first row of the range: distinct combinations never share a row. For the
+prefixes ``1 .. n`` of a SID of equal cardinalities K this is the enumeration
+``sum_{t<=i} K^{i-t} (c_t + 1) - 1`` of prefix n-grams (arXiv 2504.02137). Beyond that it is a seeded hash.
+
+Every table keeps its last row for the unknown item, the packed SID -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, NamedTuple
+
+from torchrec_sid.errors import SidError
+from torchrec_sid.spec import SidSpec
+from torchrec_sid.tables.hashing import splitmix64
+
+MAX_ROWS = 2**31 - 1
+"""Most rows that one table can have: what the hash can address exactly."""
+
+
+class Column(NamedTuple):
+    """One row per item: the levels ``start .. stop - 1`` of its SID, as a row of a table."""
+
+    start: int
+    """First level, from 0."""
+    stop: int
+    """One past the last level."""
+    base: int
+    """First row of the range this column picks from."""
+    rows: int
+    """Rows in that range."""
+    salt: int
+    """Salt of the hash; unused where ``exact``."""
+    exact: bool
+    """Whether every combination has a row of its own."""
+
+
+class Slot(NamedTuple):
+    """One physical table and the columns that address it."""
+
+    suffix: str
+    """What tells this table from its siblings of the same feature; empty for an only child."""
+    rows: int
+    """Rows of the table, the unknown item's included."""
+    columns: tuple[Column, ...]
+    """Columns, one look-up per item each."""
+    raw: bool = False
+    """Whether it hashes the value as it came in (the raw id where there is a catalog)."""
+
+    @property
+    def exact_rows(self) -> int:
+        """Rows addressed without collision."""
+        return sum(column.rows for column in self.columns if column.exact)
+
+
+@dataclass(frozen=True)
+class HashedPrefix:
+    """Prefix n-grams (arXiv 2504.02137): one row for each of the first ``depth`` prefixes of a SID.
+
+    Prefixes are enumerated without collision, coarsest first, as long as they fill at most half of the
+    table (or all fit); the deeper ones are hashed into the rows that remain, so that a rare deep prefix
+    never disturbs a frequent coarse one.
+
+    Args:
+        depth: number of prefixes, 1 to the levels of the SID.
+        num_embeddings: most rows of the table, or of each table where ``separate``; fewer are made
+            where the enumeration needs fewer. None: a row for every prefix, without collision.
+        separate: one table per depth instead of a shared one.
+        seed: seed of the hash.
+
+    Raises:
+        SidError: a depth, number of rows or seed that makes no sense.
+
+    Example:
+        >>> slot, = HashedPrefix(depth=2).slots(SidSpec((4, 4)))
+        >>> slot.rows  # 4 + 16 prefixes, and the unknown item
+        21
+    """
+
+    depth: int
+    num_embeddings: int | None = None
+    separate: bool = False
+    seed: int = 0
+    label: ClassVar[str] = "prefix"
+
+    def __post_init__(self) -> None:
+        _check_positive("HashedPrefix", depth=self.depth)
+        _check_rows("HashedPrefix", self.num_embeddings)
+
+    def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
+        """The tables and columns for SIDs of this shape."""
+        if self.depth > spec.levels:
+            raise SidError(
+                "HashedPrefix",
+                f"depth {self.depth}",
+                f"This SID has {spec.levels} levels: use at most that.",
+            )
+        ranges = [(0, stop) for stop in range(1, self.depth + 1)]
+        return _place(ranges, spec, self.num_embeddings, self.separate, self.seed, "depth")
+
+
+@dataclass(frozen=True)
+class PerLevel:
+    """One row per level, ``c_l``: the unigrams of arXiv 2306.08121. Never hashed.
+
+    Args:
+        depth: number of levels used; None: all.
+        separate: one table per level; otherwise one table holds the levels one after another.
+
+    Example:
+        >>> PerLevel().slots(SidSpec((4, 8)))[0].rows
+        13
+    """
+
+    depth: int | None = None
+    separate: bool = False
+    label: ClassVar[str] = "level"
+
+    def __post_init__(self) -> None:
+        if self.depth is not None:
+            _check_positive("PerLevel", depth=self.depth)
+
+    def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
+        """The tables and columns for SIDs of this shape."""
+        depth = _depth_of("PerLevel", self.depth, spec)
+        return _place([(i, i + 1) for i in range(depth)], spec, None, self.separate, 0, "level")
+
+
+@dataclass(frozen=True)
+class NGramGroups:
+    """One row per group of ``n`` consecutive levels: the n-grams of arXiv 2306.08121.
+
+    With ``stride=None`` the groups do not overlap (the last one may be shorter); ``stride=1`` takes every
+    n-gram ("all bigrams" of arXiv 2504.02137), and ``depth=n`` only the first ("trigram", "fourgram").
+
+    Args:
+        n: levels per group.
+        stride: levels from the start of a group to that of the next; None: n.
+        depth: number of levels used; None: all.
+        num_embeddings: as in :class:`HashedPrefix`; None: a row for every combination.
+        separate: one table per group instead of a shared one.
+        seed: seed of the hash.
+    """
+
+    n: int
+    stride: int | None = None
+    depth: int | None = None
+    num_embeddings: int | None = None
+    separate: bool = False
+    seed: int = 0
+    label: ClassVar[str] = "ngram"
+
+    def __post_init__(self) -> None:
+        _check_positive("NGramGroups", n=self.n)
+        if self.stride is not None:
+            _check_positive("NGramGroups", stride=self.stride)
+        if self.depth is not None:
+            _check_positive("NGramGroups", depth=self.depth)
+        _check_rows("NGramGroups", self.num_embeddings)
+
+    def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
+        """The tables and columns for SIDs of this shape."""
+        depth = _depth_of("NGramGroups", self.depth, spec)
+        ranges = list(self._groups(depth))
+        return _place(ranges, spec, self.num_embeddings, self.separate, self.seed, "group")
+
+    def _groups(self, depth: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, depth, self.stride or self.n):
+            yield start, min(start + self.n, depth)
+            # A later window would only repeat the tail of this one.
+            if start + self.n >= depth:
+                return
+
+
+@dataclass(frozen=True)
+class HashedId:
+    """One row per item by hashing its id: the memory table beside a table that generalises.
+
+    It hashes the value as it came in: the raw id where the collection has a catalog for the feature,
+    the whole SID otherwise.
+
+    Args:
+        num_embeddings: rows of the table.
+        seed: seed of the hash.
+    """
+
+    num_embeddings: int
+    seed: int = 0
+    label: ClassVar[str] = "id"
+
+    def __post_init__(self) -> None:
+        _check_rows("HashedId", self.num_embeddings)
+
+    def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
+        """The one table and its one column."""
+        usable = self.num_embeddings - 1
+        column = Column(0, spec.levels, 0, usable, splitmix64(self.seed), exact=False)
+        return (Slot("", self.num_embeddings, (column,), raw=True),)
+
+
+Scheme = HashedPrefix | PerLevel | NGramGroups | HashedId
+"""Every scheme that addresses learned tables."""
+
+
+def _place(
+    ranges: list[tuple[int, int]],
+    spec: SidSpec,
+    num_embeddings: int | None,
+    separate: bool,
+    seed: int,
+    word: str,
+) -> tuple[Slot, ...]:
+    """Lay ranges of levels out in one shared table, or in one table each."""
+    if not separate or len(ranges) == 1:
+        return (_fill("", ranges, spec, num_embeddings, seed, 0),)
+    return tuple(
+        _fill(f"{word}{i + 1}", [levels], spec, num_embeddings, seed, i) for i, levels in enumerate(ranges)
+    )
+
+
+def _fill(
+    suffix: str,
+    ranges: list[tuple[int, int]],
+    spec: SidSpec,
+    num_embeddings: int | None,
+    seed: int,
+    first: int,
+) -> Slot:
+    sizes = [prod(spec.cardinalities[start:stop]) for start, stop in ranges]
+    needed = sum(sizes) + 1
+    if num_embeddings is None and needed > MAX_ROWS:
+        raise SidError(
+            "num_embeddings", f"{needed} rows for every combination", "Give num_embeddings, to hash them."
+        )
+    if num_embeddings is None or needed <= num_embeddings:
+        exact, rows = len(ranges), needed
+    else:
+        rows = num_embeddings
+        exact = sum(1 for i in range(len(sizes)) if 2 * sum(sizes[: i + 1]) <= rows)
+    base = sum(sizes[:exact])
+    columns = []
+    for i, (start, stop) in enumerate(ranges):
+        salt = splitmix64(splitmix64(seed) + first + i)
+        if i < exact:
+            columns.append(Column(start, stop, sum(sizes[:i]), sizes[i], salt, exact=True))
+        else:
+            columns.append(Column(start, stop, base, rows - 1 - base, salt, exact=False))
+    return Slot(suffix, rows, tuple(columns))
+
+
+def _depth_of(scheme: str, depth: int | None, spec: SidSpec) -> int:
+    if depth is not None and depth > spec.levels:
+        raise SidError(scheme, f"depth {depth}", f"This SID has {spec.levels} levels: use at most that.")
+    return depth or spec.levels
+
+
+def _check_positive(scheme: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise SidError(scheme, f"{name}={value}", f"{name} is at least 1.")
+
+
+def _check_rows(scheme: str, num_embeddings: int | None) -> None:
+    if num_embeddings is not None and not 2 <= num_embeddings <= MAX_ROWS:
+        raise SidError(
+            scheme,
+            f"num_embeddings={num_embeddings}",
+            f"A table has 2 to {MAX_ROWS} rows, one of them for the unknown item.",
+        )

@@ -1,0 +1,143 @@
+"""`SidTransform`: one KeyedJaggedTensor of SIDs and ids to one KeyedJaggedTensor of table rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_sid.spec import SidSpec
+from torchrec_sid.tables.catalog_map import CatalogMap
+from torchrec_sid.tables.checks import check_kjt, check_packed
+from torchrec_sid.tables.indexers import Indexer
+
+
+class Route(NamedTuple):
+    """One key of the output."""
+
+    source: str
+    """Feature that is read."""
+    key: str
+    """Key that is written."""
+    indexer: Indexer
+    """``(packed, raw, unknown) -> rows``, a fixed number per item."""
+
+
+class SidTransform(nn.Module):
+    """Rows to look up, from the batch as it comes in. Buffers only, so that a pipeline can run it ahead.
+
+    TorchRec's pipelines cache what such a module returns by its name: call each instance once per forward.
+
+    Args:
+        routes: keys of the output, in order.
+        specs: feature -> shape of its SIDs; features that are not here pass as raw ids.
+        catalogs: feature -> map from the raw ids it carries to SIDs; others carry packed SIDs.
+        is_weighted: keep the weights of the KJT, one per value.
+    """
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        specs: Mapping[str, SidSpec],
+        catalogs: Mapping[str, CatalogMap],
+        is_weighted: bool = False,
+    ) -> None:
+        super().__init__()
+        self._sources: list[str] = list(dict.fromkeys(route.source for route in routes))
+        self._source_of: list[int] = [self._sources.index(route.source) for route in routes]
+        self._keys: list[str] = [route.key for route in routes]
+        self._per_item: list[int] = [int(route.indexer.per_item) for route in routes]
+        self._is_sid: list[bool] = [name in specs for name in self._sources]
+        self._weighted: bool = is_weighted
+        self._specs = {name: specs[name] for name in self._sources if name in specs}
+        self.indexers = nn.ModuleList(route.indexer for route in routes)
+        self.lookups = nn.ModuleList(catalogs.get(name, _Same()) for name in self._sources)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """SIDs and ids -> rows, bag by bag; an item that addresses P rows makes its bag P times as long.
+
+        Raises:
+            SidError: anything that would be looked up wrongly, naming feature, value and remedy.
+        """
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_kjt(features, self._sources, weighted=self._weighted)
+        keys = features.keys()
+        offsets = features.offset_per_key()
+        places = [keys.index(name) for name in self._sources]
+        values = features.values().to(torch.int64)
+        raw: list[Tensor] = []
+        packed: list[Tensor] = []
+        unknown: list[Tensor | None] = []
+        for i, lookup in enumerate(self.lookups):
+            piece = values[offsets[places[i]] : offsets[places[i] + 1]]
+            raw.append(piece)
+            sids = lookup(piece)
+            packed.append(sids)
+            unknown.append(self._check(i, sids))
+        rows: list[Tensor] = []
+        for j, indexer in enumerate(self.indexers):
+            i = self._source_of[j]
+            rows.append(indexer(packed[i], raw[i], unknown[i]))
+        return self._assemble(features, places, rows)
+
+    def _check(self, i: int, sids: Tensor) -> Tensor | None:
+        if not self._is_sid[i]:
+            return None
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return sids < 0
+        name = self._sources[i]
+        return check_packed(name, sids, self._specs[name])
+
+    def _assemble(
+        self, features: KeyedJaggedTensor, places: list[int], rows: list[Tensor]
+    ) -> KeyedJaggedTensor:
+        offsets = features.offset_per_key()
+        starts = features.lengths_offset_per_key()
+        lengths = features.lengths()
+        new_lengths: list[Tensor] = []
+        new_weights: list[Tensor] = []
+        for j, i in enumerate(self._source_of):
+            place, times = places[i], self._per_item[j]
+            piece = lengths[starts[place] : starts[place + 1]]
+            new_lengths.append(piece if times == 1 else piece * times)
+            if self._weighted:
+                weights = features.weights()[offsets[place] : offsets[place + 1]]
+                new_weights.append(weights if times == 1 else weights.repeat_interleave(times))
+        stride_per_key_per_rank: list[list[int]] | None = None
+        inverse: tuple[list[str], Tensor] | None = None
+        if features.variable_stride_per_key():
+            strides = features.stride_per_key_per_rank()
+            stride_per_key_per_rank = [strides[places[i]] for i in self._source_of]
+            inverse = self._inverse_indices(features)
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=_cat(rows),
+            weights=_cat(new_weights) if self._weighted else None,
+            lengths=_cat(new_lengths),
+            stride=None if stride_per_key_per_rank is not None else features.stride(),
+            stride_per_key_per_rank=stride_per_key_per_rank,
+            inverse_indices=inverse,
+        )
+
+    def _inverse_indices(self, features: KeyedJaggedTensor) -> tuple[list[str], Tensor] | None:
+        """Per output key, the row of inverse indices of the feature it was made from."""
+        inverse = features.inverse_indices_or_none()
+        if inverse is None:
+            return None
+        names, table = inverse
+        order = [names.index(self._sources[i]) for i in self._source_of]
+        return self._keys, table.index_select(0, torch.tensor(order, device=table.device))
+
+
+class _Same(nn.Module):
+    """The place of a catalog where the feature already carries what the tables take."""
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+def _cat(pieces: list[Tensor]) -> Tensor:
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
