@@ -1,1 +1,42 @@
-"""Items, events and histories: schema, readers, batches, synthetic logs."""
+"""Items, events and histories: schema, preparation, readers, batches, synthetic logs.
+
+``LogFolder``, ``prepare`` and ``write_synthetic`` need pyarrow; ``BatchReader``, ``BatchConfig`` and
+``RankingBatch`` need TorchRec too, and are imported when they are first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torchrec_sid.data.negatives import NegativeSampling
+from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.data.prepared import SEGMENTS, PreparedLog
+from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.data.store import HistoryStore
+
+if TYPE_CHECKING:
+    from torchrec_sid.data.batch import BatchConfig, RankingBatch
+    from torchrec_sid.data.reader import BatchReader
+
+__all__ = [
+    "SEGMENTS",
+    "BatchConfig",
+    "BatchReader",
+    "HistoryStore",
+    "LogFolder",
+    "NegativeSampling",
+    "PrepareConfig",
+    "PreparedLog",
+    "RankingBatch",
+    "prepare",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("BatchConfig", "RankingBatch"):
+        from torchrec_sid.data import batch
+
+        return getattr(batch, name)
+    if name == "BatchReader":
+        from torchrec_sid.data.reader import BatchReader
+
+        return BatchReader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

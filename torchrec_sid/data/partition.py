@@ -1,0 +1,163 @@
+"""External partitioning: records spill to one file per bucket, and a bucket fits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from torchrec_sid.data.parquet import Array
+
+EVENT = np.dtype(
+    [
+        ("user", "<i8"),
+        ("ts", "<i8"),
+        ("row", "<i8"),  # row in events.parquet: breaks ties, and traces an example back
+        ("key", "<i8"),  # impression or target_no, -1 without one
+        ("begin", "<i8"),  # explicit history in the store, -1 without one
+        ("end", "<i8"),
+        ("last", "<i8"),  # time of the explicit history's last entry, NO_TIME if unknown
+        ("item", "<i4"),
+        ("label", "i1"),
+        ("action", "i1"),
+        ("split", "i1"),
+    ]
+)
+"""One event of the log on its way to an example."""
+
+EXAMPLE = np.dtype(
+    [
+        ("user", "<i8"),
+        ("ts", "<i8"),
+        ("event", "<i8"),
+        ("hist_begin", "<i8"),
+        ("hist_end", "<i8"),
+        ("item", "<i4"),
+        ("dense", "<f4", (3,)),
+        ("label", "i1"),
+        ("split", "i1"),
+        ("segment", "i1"),
+    ]
+)
+"""One row of train/, valid/ or test/."""
+
+NO_TIME = np.iinfo(np.int64).min
+"""Time of a history entry of which only the order is known."""
+
+
+class Spill:
+    """One append-only file of records per bucket.
+
+    Args:
+        folder: made if it is not there.
+        dtype: structured dtype of the records.
+        buckets: how many.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype[np.void], buckets: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.dtype = dtype
+        self.paths = [folder / f"{bucket:05d}.bin" for bucket in range(buckets)]
+
+    def add(self, records: Array, bucket: Array) -> None:
+        """Append ``records [n]`` to their buckets ``[n]``, keeping their order within each."""
+        if len(self.paths) == 1:
+            self._append(0, records)
+            return
+        order = np.argsort(bucket, kind="stable")
+        ends = np.cumsum(np.bincount(bucket, minlength=len(self.paths)))
+        records = records[order]
+        for number, (begin, end) in enumerate(zip(np.append(0, ends[:-1]), ends, strict=True)):
+            if end > begin:
+                self._append(number, records[begin:end])
+
+    def drain(self) -> Iterator[Array]:
+        """The records of each bucket in turn; its file is deleted once it has been read."""
+        for path in self.paths:
+            if path.exists():
+                records = np.fromfile(path, self.dtype)
+                path.unlink()
+                yield records
+
+    def _append(self, bucket: int, records: Array) -> None:
+        with self.paths[bucket].open("ab") as file:
+            file.write(np.ascontiguousarray(records).tobytes())
+
+
+def hash_bucket(keys: Array, buckets: int) -> Array:
+    """Keys ``[n]`` int64 -> buckets ``[n]`` int64 by splitmix64, so that runs of ids spread evenly."""
+    x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (x % np.uint64(buckets)).astype(np.int64)
+
+
+class TimeSketch:
+    """Quantiles of the events' times in bounded memory: exact up to ``capacity`` events.
+
+    Beyond that it keeps every 2nd, 4th, 8th, ... event of the file, always between half of
+    ``capacity`` and ``capacity`` of them.
+    """
+
+    def __init__(self, capacity: int = 1 << 20) -> None:
+        self.capacity = capacity
+        self.stride = 1
+        self._seen = 0
+        self._held = 0
+        self._parts: list[Array] = []
+
+    def add(self, ts: Array, row: Array) -> None:
+        """Take ``ts [n]`` and ``row [n]``, the events' rows in the file."""
+        first = -self._seen % self.stride
+        self._parts.append(np.stack([ts, row])[:, first :: self.stride])
+        self._held += self._parts[-1].shape[1]
+        self._seen += len(ts)
+        while self._held > self.capacity:
+            # Whole multiples of the stride stay, whatever the batches were.
+            kept = np.concatenate(self._parts, axis=1)[:, ::2]
+            self._parts, self._held, self.stride = [kept], kept.shape[1], 2 * self.stride
+
+    def times(self, quantiles: list[float]) -> list[int]:
+        """The time at each quantile in [0, 1)."""
+        ts = np.sort(np.concatenate(self._parts, axis=1)[0])
+        return [int(ts[int(q * len(ts))]) for q in quantiles]
+
+    def boundaries(self, buckets: int) -> TimeBuckets:
+        """Split the log by (time, row) into about equal buckets."""
+        ts, row = np.concatenate(self._parts, axis=1)
+        key = TimeKey(int(ts.min()), int(ts.max()), int(row.max()) + self.stride)
+        keys = np.sort(key(ts, row))
+        cuts = keys[[len(keys) * b // buckets for b in range(1, buckets)]]
+        return TimeBuckets(key, cuts)
+
+
+class TimeKey:
+    """A (time, row) pair as one int64 that sorts the same way."""
+
+    def __init__(self, first: int, last: int, rows: int) -> None:
+        # A sketch may have missed the first and the last events: they count as one second outside.
+        self.first, self.last, self.shift = first - 1, last + 1, 0
+        span = self.last - self.first + 1
+        while span * ((rows >> self.shift) + 1) >= 2**63:
+            self.shift += 1
+        self.rows = (rows >> self.shift) + 1
+
+    def __call__(self, ts: Array, row: Array) -> Array:
+        """``ts [n]``, ``row [n]`` -> keys ``[n]`` int64."""
+        return (np.clip(ts, self.first, self.last) - self.first) * self.rows + (row >> self.shift)
+
+
+class TimeBuckets:
+    """Assigns events to buckets in order of (time, row)."""
+
+    def __init__(self, key: TimeKey, cuts: Array) -> None:
+        self.key, self.cuts = key, cuts
+
+    def __len__(self) -> int:
+        return len(self.cuts) + 1
+
+    def __call__(self, ts: Array, row: Array) -> Array:
+        """``ts [n]``, ``row [n]`` -> buckets ``[n]``, non-decreasing in (ts, row)."""
+        return np.searchsorted(self.cuts, self.key(ts, row), side="right")

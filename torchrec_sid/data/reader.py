@@ -1,0 +1,253 @@
+"""`BatchReader`: ranking batches of a prepared log, for one rank of many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_sid.data.batch import HISTORY_AGES, BatchConfig, RankingBatch
+from torchrec_sid.data.blocks import BlockReader, Order
+from torchrec_sid.data.parquet import Array
+from torchrec_sid.data.partition import NO_TIME
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.errors import SidError
+
+
+class BatchReader:
+    """Yields the batches of one rank: a slice of the global batches, the same for every world size.
+
+    A global batch is ``world_size * batch_size`` consecutive rows of the seeded sequence of blocks; rank
+    r takes its r-th ``batch_size`` rows, and reads only the blocks that hold them. So one process with
+    batch 2B sees in each step what two processes with batch B see together. Every rank yields the same
+    number of batches: an incomplete last global batch is dropped (train) or padded with weight 0.
+
+    Args:
+        log: a prepared log.
+        split: ``train``, ``valid`` or ``test``.
+        config: what a batch holds.
+        rank, world_size: of this process.
+        order: ``time``, or ``shuffled`` blocks.
+        seed: of the shuffle.
+        epoch: of the shuffle; see also :meth:`set_epoch`.
+        start_batch: batches to skip, by arithmetic, when a run resumes.
+        drop_last: None drops in train and pads elsewhere.
+        item_sids: ``[N]`` int64 packed SID of every dense item index, for ``item_sid``/``history_sid``.
+        sid_bytes: ``[N, nbytes]`` uint8 likewise, for ``item_bytes``/``history_bytes``.
+        workers: processes that read ahead; 0 reads in this one. The batches are the same.
+        pin_memory: yield batches in page-locked memory.
+
+    Raises:
+        SidError: a rank outside the world, an unknown split, a field whose SIDs are missing.
+
+    Example:
+        >>> reader = BatchReader(log, "train", BatchConfig(batch_size=512))  # doctest: +SKIP
+        >>> for batch in reader: model(batch)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        log: PreparedLog,
+        split: str,
+        config: BatchConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        order: Order = "time",
+        seed: int = 0,
+        epoch: int = 0,
+        start_batch: int = 0,
+        drop_last: bool | None = None,
+        item_sids: Array | Tensor | None = None,
+        sid_bytes: Array | Tensor | None = None,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise SidError("rank", f"{rank} of {world_size}", "Ranks are 0..world_size-1.")
+        self.config, self.start_batch = config, start_batch
+        self.workers, self.pin_memory = workers, pin_memory
+        self._order_args: tuple[Order, int] = (order, seed)
+        drop = split == "train" if drop_last is None else drop_last
+        self._source = _BatchSource(log, split, config, rank, world_size, drop, item_sids, sid_bytes)
+        if not 0 <= start_batch <= len(self._source):
+            raise SidError("start_batch", f"{start_batch}", f"The epoch has {len(self._source)} batches.")
+        self.set_epoch(epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose shuffle the next iteration uses."""
+        self._source.order = self._source.blocks.order(*self._order_args, epoch)
+
+    @property
+    def batches(self) -> int:
+        """Batches of a whole epoch, the same on every rank."""
+        return len(self._source)
+
+    def __len__(self) -> int:
+        """Batches that an iteration yields: those of the epoch from ``start_batch`` on."""
+        return self.batches - self.start_batch
+
+    def __iter__(self) -> Iterator[RankingBatch]:
+        todo = range(self.start_batch, self.batches)
+        parts: Any = map(self._source.__getitem__, todo)
+        if self.workers:
+            parts = DataLoader(self._source, batch_size=None, sampler=todo, num_workers=self.workers)
+        for part in parts:
+            if isinstance(part, SidError):
+                raise part
+            batch = self._batch(part)
+            yield batch.pin_memory() if self.pin_memory else batch
+
+    def _batch(self, part: dict[str, Tensor]) -> RankingBatch:
+        keys = list(self.config.kjt_fields)
+        features = KeyedJaggedTensor(keys=keys, values=part.pop("values"), lengths=part.pop("lengths"))
+        return RankingBatch(features=features, **part)
+
+
+class _BatchSource(Dataset[Any]):
+    """Batch number -> tensors; what a worker process runs."""
+
+    def __init__(
+        self,
+        log: PreparedLog,
+        split: str,
+        config: BatchConfig,
+        rank: int,
+        world_size: int,
+        drop_last: bool,
+        item_sids: Array | Tensor | None,
+        sid_bytes: Array | Tensor | None,
+    ) -> None:
+        self.log, self.split, self.config = log, split, config
+        self.blocks = BlockReader(log, split)
+        self.order: Array = np.arange(self.blocks.blocks)
+        self.rank, self.world_size = rank, world_size
+        rows = world_size * config.batch_size
+        self.batches = self.blocks.rows // rows if drop_last else -(-self.blocks.rows // rows)
+        if not self.batches:
+            raise SidError(
+                f"batch_size of {split}",
+                f"{config.batch_size} on {world_size} ranks, {self.blocks.rows} rows in all",
+                "Choose a smaller batch.",
+            )
+        self.item_sids = _per_item(item_sids, log, "item_sids", config, ("item_sid", "history_sid"), 1)
+        self.sid_bytes = _per_item(sid_bytes, log, "sid_bytes", config, ("item_bytes", "history_bytes"), 2)
+        self.columns = ["item", "ts", "label", "hist_begin", "hist_end", "segment", *log.dense_names]
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, number: int) -> dict[str, Tensor] | SidError:
+        if self._process != os.getpid():
+            # A forked worker opens its own files.
+            self.blocks, self._process = BlockReader(self.log, self.split), os.getpid()
+        begin = (number * self.world_size + self.rank) * self.config.batch_size
+        end = min(begin + self.config.batch_size, self.blocks.rows)
+        try:
+            rows = self.blocks.read(self.order, min(begin, end), end, self.columns)
+            return self._tensors(rows)
+        except SidError as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return error
+
+    def _tensors(self, rows: dict[str, Array]) -> dict[str, Tensor]:
+        size = self.config.batch_size
+        dense = np.stack([rows[name] for name in self.log.dense_names], axis=1)
+        item = _pad(rows["item"].astype(np.int64), size)
+        begin, end = _pad(rows["hist_begin"], size), _pad(rows["hist_end"], size)
+        if self.config.history_length is not None:
+            begin = np.maximum(begin, end - self.config.history_length)
+        lengths = end - begin
+        out = {
+            "dense": torch.from_numpy(_pad(dense, size)),
+            "labels": torch.from_numpy(_pad(rows["label"].astype(np.float32), size)),
+            "weights": torch.from_numpy(_pad(np.ones(len(rows["label"]), np.float32), size)),
+            "segment": torch.from_numpy(_pad(rows["segment"].astype(np.int64), size, -1)),
+            "history_lengths": torch.from_numpy(lengths),
+        }
+        wanted = {name for name in self.config.fields if name.startswith("history")}
+        at = ranges(begin, lengths) if wanted else np.empty(0, np.int64)
+        events = self.log.store.item[at] if wanted - {"history_action", "history_age"} else at
+        values: dict[str, Array] = {}
+        for name in self.config.kjt_fields:
+            values[name] = self._values(name, item, events, at, _pad(rows["ts"], size), lengths)
+        out["values"] = torch.from_numpy(np.concatenate(list(values.values())))
+        one = np.ones(size, np.int64)
+        all_lengths = [lengths if name.startswith("history") else one for name in values]
+        out["lengths"] = torch.from_numpy(np.concatenate(all_lengths))
+        if self.sid_bytes is not None:
+            for name, index in (("item_bytes", item), ("history_bytes", events)):
+                if name in self.config.fields:
+                    out[name] = torch.from_numpy(np.ascontiguousarray(self.sid_bytes[index]))
+        return out
+
+    def _values(self, name: str, item: Array, events: Array, at: Array, ts: Array, lengths: Array) -> Array:
+        """int64 values of one KJT key."""
+        store = self.log.store
+        if name == "item":
+            return item
+        if name == "history":
+            return events.astype(np.int64)
+        if name == "history_action":
+            return store.action[at].astype(np.int64)
+        if name == "history_age":
+            return age_bucket(np.repeat(ts, lengths), store.ts[at])
+        assert self.item_sids is not None
+        return self.item_sids[item if name == "item_sid" else events]
+
+
+def ranges(begin: Array, lengths: Array) -> Array:
+    """All positions ``begin[i] .. begin[i] + lengths[i]`` in turn: two ``[B]`` int64 -> ``[sum]`` int64."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(begin - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def age_bucket(now: Array, then: Array) -> Array:
+    """Times in seconds -> :data:`~torchrec_sid.data.batch.HISTORY_AGES` buckets, int64; 0 where unknown."""
+    known = then != NO_TIME
+    # frexp is exact where log2 may round up: 2**(e-1) <= age < 2**e.
+    exponent = np.frexp(np.where(known, now - np.where(known, then, 0), 0).astype(np.float64))[1]
+    return np.where(known, np.minimum(exponent, HISTORY_AGES - 1), 0).astype(np.int64)
+
+
+def _pad(values: Array, size: int, fill: int = 0) -> Array:
+    if len(values) == size:
+        return np.ascontiguousarray(values)
+    out = np.full((size, *values.shape[1:]), fill, values.dtype)
+    out[: len(values)] = values
+    return out
+
+
+def _per_item(
+    values: Array | Tensor | None,
+    log: PreparedLog,
+    where: str,
+    config: BatchConfig,
+    fields: tuple[str, ...],
+    rank: int,
+) -> Array | None:
+    """Check an array of one row per item against the fields that need it."""
+    needed = [name for name in fields if name in config.fields]
+    if values is None:
+        if needed:
+            raise SidError(
+                where, f"missing, but fields ask for {needed}", f"Pass {where}, one row per item."
+            )
+        return None
+    array: Array = values.numpy() if isinstance(values, Tensor) else values
+    dtype = np.int64 if rank == 1 else np.uint8
+    if array.ndim != rank or len(array) != log.items or array.dtype != dtype:
+        raise SidError(
+            where,
+            f"shape {array.shape}, dtype {array.dtype}",
+            f"Pass {log.items} rows of {np.dtype(dtype)}, one for each item of the log.",
+        )
+    return array
