@@ -1,0 +1,314 @@
+"""`CheckpointManager`: checkpoints that are whole or absent, of any world size, made in the background.
+
+The tensors go through ``torch.distributed.checkpoint``, so that a run resumes on another number of
+processes or under another sharding plan wherever TorchRec permits it. Around that: a checkpoint appears by
+one rename after every rank has finished and everything is on the disk, each file is hashed, and a run with
+another catalog (or anything else named in ``identity``) is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from torchrec_sid.errors import SidError
+from torchrec_sid.parallel.checkpoint_files import (
+    CheckpointInfo,
+    FileRecord,
+    hash_file,
+    list_checkpoints,
+    next_name,
+    prune,
+    publish,
+    read_checkpoint,
+    remove_leftovers,
+    verify_files,
+    write_manifest,
+)
+from torchrec_sid.parallel.ranks import Ranks
+from torchrec_sid.parallel.state import check_entries, entry_names
+
+_REMEDY = "Free space or pass another directory; checkpoints written before are untouched."
+
+
+class CheckpointManager:
+    """Writes and reads the checkpoints of one run. All ranks construct it and call it in step.
+
+    Args:
+        directory: where the checkpoints live, on a file system that all ranks share.
+        keep: how many of the newest to keep, at least 1.
+        asynchronous: copy the state to host memory and write it in a background thread while training goes
+            on; a failure surfaces at the next call. At most one write is in flight.
+        identity: what the state depends on, name -> fingerprint, e.g. ``{"catalog": catalog.fingerprint}``.
+            Saved with each checkpoint; :meth:`load` refuses a checkpoint with another value.
+
+    Raises:
+        SidError: ``keep`` below 1, or the directory cannot be created or written.
+
+    Example:
+        >>> with CheckpointManager(directory, identity={"catalog": catalog.fingerprint}) as manager:
+        ...     if (info := manager.latest()) is not None:
+        ...         metadata = manager.load(info, state)
+        ...     manager.save(step, state, {"position": 12})
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 2,
+        asynchronous: bool = False,
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
+        if keep < 1:
+            raise SidError("checkpoint.keep", str(keep), "Keep at least 1 checkpoint.")
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self.identity = dict(identity or {})
+        self._ranks = Ranks.open()
+        self._pending: Future[CheckpointInfo] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._cleaned = False
+
+    def latest(self) -> CheckpointInfo | None:
+        """The newest complete checkpoint, or None. Checks its manifest and file sizes.
+
+        Raises:
+            ArtifactError: it lacks a file, or has a truncated one: the same on every rank.
+        """
+
+        def find() -> CheckpointInfo | None:
+            found = list_checkpoints(self.directory)
+            return read_checkpoint(found[-1]) if found else None
+
+        # Rank 0 looks: on a network file system others may still see an older listing.
+        return self._ranks.first(find, where=str(self.directory), remedy="Check the directory.")
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        metadata: Mapping[str, Any],
+        *,
+        local: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a checkpoint; a collective call. Returns once it is complete, or copied if asynchronous.
+
+        Args:
+            step: training steps done.
+            state: nested dict of tensors, ShardedTensors and DTensors with string keys, see
+                :func:`~torchrec_sid.parallel.state.training_state`. A plain tensor must be equal on every
+                rank.
+            metadata: JSON-serialisable; rank 0's is kept.
+            local: tensors of this rank alone (metric windows, say); see :meth:`load_local`.
+
+        Raises:
+            SidError: on every rank, naming the rank and the cause; nothing older is lost.
+        """
+        self.wait()
+        where, remedy = str(self.directory), _REMEDY
+        temporary = self._ranks.first(partial(self._begin, step), where=where, remedy=remedy)
+        finish = partial(self._finish, temporary, step, dict(metadata), _copy_local(local))
+        writer = FileSystemWriter(temporary)
+        group = self._ranks.group
+        if self._thread is None:
+            self._guarded(
+                temporary,
+                lambda: _quietly(lambda: dcp_save(state, storage_writer=writer, process_group=group)),
+            )
+            finish()
+            return
+        written = _quietly(lambda: dcp_async_save(state, storage_writer=writer, process_group=group))
+
+        def complete() -> CheckpointInfo:
+            self._guarded(temporary, written.result)
+            return finish()
+
+        self._pending = self._thread.submit(complete)
+
+    def wait(self) -> None:
+        """Block until a write in flight is complete.
+
+        Raises:
+            SidError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load(
+        self, info: CheckpointInfo, state: dict[str, Any], *, partial_state: bool = False
+    ) -> dict[str, Any]:
+        """Verify a checkpoint and read it into ``state`` in place; a collective call.
+
+        Nothing is read unless every file matches its hash, the identity agrees, and every entry of
+        ``state`` is there with the same shape. Pass the state on to
+        :func:`~torchrec_sid.parallel.state.apply_training_state` afterwards.
+
+        Args:
+            info: from :meth:`latest`.
+            state: like the one saved; the model may be sharded differently.
+            partial_state: allow entries in the checkpoint that ``state`` lacks under the same top-level
+                key. By default that is an error: an optimizer that has not made its state yet would
+                silently start from zero.
+
+        Returns:
+            The metadata that was saved.
+
+        Raises:
+            ArtifactError: a file is missing, truncated or altered.
+            SidError: another identity, an entry missing on either side, another shape.
+        """
+        self._check_identity(info)
+        mine = sorted(info.files)[self._ranks.rank :: self._ranks.size]
+        where = str(info.path)
+        self._ranks.all(lambda: verify_files(info, mine), where=where, remedy="Restore it from a copy.")
+        reader = FileSystemReader(info.path)
+        saved = set(reader.read_metadata().state_dict_metadata)
+        wanted = set().union(*self._ranks.all(lambda: entry_names(state), where=where))
+        check_entries(where, wanted, saved, tops=state, allow_extra=partial_state)
+        remedy = "Resume with the sharding plan that the checkpoint's metadata holds."
+        group = self._ranks.group
+        try:
+            _quietly(lambda: dcp_load(state, storage_reader=reader, process_group=group))
+        except CheckpointException as error:
+            raise SidError(where, _root_cause(error), remedy) from error
+        except (ValueError, RuntimeError) as error:
+            raise SidError(where, str(error).splitlines()[0], remedy) from error
+        return info.metadata
+
+    def load_local(self, info: CheckpointInfo) -> list[dict[str, Tensor]]:
+        """The per-rank tensors this rank should take over, on the CPU.
+
+        With the world size unchanged that is what this rank saved. Otherwise saved rank r goes to rank
+        ``r % world_size``: sums stay right if a rank adds up what it gets; a rank may get none.
+        """
+        names = [
+            f"local-{r}.safetensors" for r in range(self._ranks.rank, info.world_size, self._ranks.size)
+        ]
+        return [load_file(info.path / name) for name in names if name in info.files]
+
+    def close(self) -> None:
+        """Wait for a write in flight and stop the background thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._thread is not None:
+            # The run has failed: other ranks may be gone, and waiting for them would hide why.
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, step: int) -> Path:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._cleaned:
+            remove_leftovers(self.directory)
+            self._cleaned = True
+        temporary = self.directory / f".writing-{next_name(self.directory, step)}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        return temporary
+
+    def _finish(
+        self, temporary: Path, step: int, metadata: dict[str, Any], local: dict[str, Tensor] | None
+    ) -> CheckpointInfo:
+        rank, where = self._ranks.rank, str(self.directory)
+
+        def record() -> dict[str, FileRecord]:
+            if local is not None:
+                path = temporary / f"local-{rank}.safetensors"
+                save_file(local, path)
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            paths = [*temporary.glob(f"__{rank}_*"), *temporary.glob(f"local-{rank}.*")]
+            if rank == 0:
+                paths.append(temporary / ".metadata")
+            return {path.name: hash_file(path) for path in paths}
+
+        def complete() -> CheckpointInfo:
+            files = {name: file for part in parts for name, file in part.items()}
+            size, identity = self._ranks.size, self.identity
+            write_manifest(
+                temporary, step=step, world_size=size, identity=identity, metadata=metadata, files=files
+            )
+            final = temporary.with_name(temporary.name.removeprefix(".writing-"))
+            publish(temporary, final)
+            prune(self.directory, self.keep)
+            return read_checkpoint(final)
+
+        try:
+            parts = self._ranks.all(record, where=where, remedy=_REMEDY)
+            return self._ranks.first(complete, where=where, remedy=_REMEDY)
+        except SidError:
+            self._discard(temporary)
+            raise
+
+    def _guarded(self, temporary: Path, write: Callable[[], Any]) -> None:
+        """Run the DCP write; on failure remove what it wrote and say why, on every rank."""
+        try:
+            write()
+        except CheckpointException as error:
+            free = shutil.disk_usage(self.directory).free
+            self._discard(temporary)
+            found = f"{_root_cause(error)}; {free / 2**20:,.0f} MiB are free there"
+            raise SidError(str(self.directory), found, _REMEDY) from error
+
+    def _discard(self, temporary: Path) -> None:
+        if self._ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _check_identity(self, info: CheckpointInfo) -> None:
+        for name, value in self.identity.items():
+            saved = info.identity.get(name)
+            if saved != value:
+                found = f"{name} {saved[:12]}" if saved else f"no {name}"
+                raise SidError(
+                    str(info.path),
+                    f"was trained with {found}, this run has {name} {value[:12]}",
+                    f"Pass the {name} of that run, or start a new run in another directory.",
+                )
+
+
+def _copy_local(local: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    if local is None:
+        return None
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in local.items()}
+
+
+def _quietly(call: Callable[[], Any]) -> Any:
+    """Without DCP's warnings about a single process, which is a supported way here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return call()
+
+
+def _root_cause(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(sorted(error.failures.items())))
+    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    first_line = (text.strip() or "no message").splitlines()[0]
+    return f"rank {rank}: {type(cause).__name__}: {first_line}"

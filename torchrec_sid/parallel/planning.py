@@ -1,0 +1,228 @@
+"""From a model and a `PlannerConfig` to a sharding plan, with or without a process group."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
+from torchrec.distributed.planner.proposers import (
+    DynamicProgrammingProposer,
+    EmbeddingOffloadScaleupProposer,
+    GreedyProposer,
+    GridSearchProposer,
+    UniformProposer,
+)
+from torchrec.distributed.planner.stats import EmbeddingStats
+from torchrec.distributed.planner.storage_reservations import (
+    FixedPercentageStorageReservation,
+    HeuristicalStorageReservation,
+)
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    PlannerError,
+    Topology,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import ShardingPlan
+
+from torchrec_sid.errors import SidError
+from torchrec_sid.parallel.constraints import match_constraints, model_pooling_factors, resolve_constraints
+from torchrec_sid.parallel.pinning import PinningPartitioner
+from torchrec_sid.parallel.plan_summary import PlanSummary, summarise
+from torchrec_sid.parallel.planner_config import PlannerConfig, TopologyConfig
+from torchrec_sid.parallel.presets import node_preset
+from torchrec_sid.parallel.ranks import Ranks
+from torchrec_sid.parallel.sharders import sid_sharders
+from torchrec_sid.parallel.tables import Table, find_tables, table_parameters
+
+_GIB = 2**30
+_PROPOSERS = {
+    "grid": GridSearchProposer,
+    "greedy": GreedyProposer,
+    "greedy_flat": lambda: GreedyProposer(use_depth=False),
+    "uniform": UniformProposer,
+    "dynamic_programming": DynamicProgrammingProposer,
+    "embedding_offload": EmbeddingOffloadScaleupProposer,
+}
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A sharding plan and what the planner expects of it."""
+
+    plan: ShardingPlan
+    """For DistributedModelParallel."""
+    summary: PlanSummary
+    """Memory, time and balance, per rank and per table."""
+    report: str
+    """TorchRec's own table of statistics, as text; empty if the model has no tables."""
+
+
+class _CaptureStats(EmbeddingStats):
+    """Keeps what TorchRec would only log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: list[Any] = []
+        self.report = ""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        super().log(*args, **kwargs)
+        self.options = kwargs["best_plan"]
+        self.report = "\n".join(getattr(self, "_stats_table", []))
+
+
+def make_plan(
+    model: nn.Module,
+    config: PlannerConfig,
+    *,
+    pooling_factors: Mapping[str, Sequence[float]] | None = None,
+) -> PlannedModel:
+    """Plan the sharding of a model's tables.
+
+    Mark the tables with their optimizer first (:class:`~torchrec_sid.parallel.optimizer.TableOptimizer`),
+    or the plan leaves its memory out. Tables may be on the meta device. Within a process group rank 0
+    plans and the others receive the plan; without one, any cluster can be planned for.
+
+    Args:
+        model: unsharded.
+        config: the planner's configuration.
+        pooling_factors: table name -> mean ids per sample of each feature, beside those that the model
+            states by itself; they win over the model's, and lose against a configured constraint.
+
+    Raises:
+        SidError: a constraint that cannot be met, or tables that do not fit, with what to change.
+    """
+    ranks = Ranks.open()
+    config = replace(
+        config, topology=resolve_topology(config.topology, ranks.size if ranks.group else None)
+    )
+    factors = {**model_pooling_factors(model), **(pooling_factors or {})}
+    tables = find_tables(model)
+    return ranks.first(lambda: _plan(model, config, tables, factors), where="sharding plan")
+
+
+def resolve_topology(config: TopologyConfig, running_world: int | None) -> TopologyConfig:
+    """The topology with its world filled in from the running process group, if there is one.
+
+    Raises:
+        SidError: no world size and no process group, or one that differs from the process group's.
+    """
+    world = config.world_size or running_world
+    if world is None:
+        raise SidError("topology.world_size", "is not set", "Say how many processes the plan is for.")
+    if running_world is not None and world != running_world:
+        raise SidError(
+            "topology.world_size",
+            f"{world}, but {running_world} processes run",
+            "Plan for the processes that run.",
+        )
+    local = config.local_world_size
+    if local is None and running_world is not None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", running_world))
+    if local is None:
+        local = min(world, node_preset(config.node).gpus)
+    resolved = replace(config, world_size=world, local_world_size=local)
+    if config.device == "cpu" and config.ddr_gib is None:
+        pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        resolved = replace(resolved, ddr_gib=pages * page / _GIB / local)
+    return resolved
+
+
+def build_topology(config: TopologyConfig) -> Topology:
+    """TorchRec's topology for a resolved configuration."""
+    gbps = 1e6  # GB/s -> bytes/ms
+    cuda = config.device == "cuda"
+    return TopologyFactory.create_topology(
+        TrainerConfig(world_size=config.world_size, local_world_size=config.local_world_size),
+        HardwareConfig(
+            hbm_cap_bytes=int(config.value("hbm_gib") * _GIB) if cuda else None,
+            ddr_cap_bytes=int(config.value("ddr_gib") * _GIB),
+            intra_host_bw=config.value("intra_node_gbps") * gbps,
+            inter_host_bw=config.value("inter_node_gbps") * gbps,
+            hbm_mem_bw=config.value("hbm_gbps") * gbps,
+            ddr_mem_bw=config.value("ddr_gbps") * gbps,
+            hbm_to_ddr_mem_bw=config.value("host_to_device_gbps") * gbps,
+        ),
+        KernelConfig(compute_device=config.device, use_hardware_based_bandwidth=True),
+    )
+
+
+def dense_bytes(model: nn.Module, tables: Mapping[str, Table]) -> int:
+    """Bytes of the parameters and buffers outside the tables."""
+    weights = {table.weight_key for table in tables.values()}
+    parameters = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if n not in weights)
+    return parameters + sum(b.numel() * b.element_size() for b in model.buffers())
+
+
+def _plan(
+    model: nn.Module,
+    config: PlannerConfig,
+    tables: Mapping[str, Table],
+    factors: Mapping[str, Sequence[float]],
+) -> PlannedModel:
+    constraints = resolve_constraints(config, tables, factors)
+    topology = build_topology(config.topology)
+    stats = _CaptureStats()
+    inner = (
+        MemoryBalancedPartitioner() if config.partitioner == "memory_balanced" else GreedyPerfPartitioner()
+    )
+    pins = {n: c.ranks for n, (_, c) in match_constraints(config, tables).items() if c.ranks is not None}
+    reservation = _reservation(config, model, tables)
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=config.batch_size,
+        storage_reservation=reservation,
+        proposer=[_PROPOSERS[name]() for name in config.proposers],
+        partitioner=PinningPartitioner(pins, inner) if pins else inner,
+        stats=[stats],
+        constraints=constraints or None,
+        timeout_seconds=config.timeout_seconds,
+    )
+    try:
+        plan = planner.plan(model, sid_sharders())
+    except (PlannerError, RuntimeError) as error:
+        weights = table_parameters(model, tables).values()
+        raise _explain(error, config, sum(w.numel() * w.element_size() for w in weights)) from error
+    summary = summarise(stats.options, tables, topology, reservation.last_reserved_topology)
+    return PlannedModel(plan, summary, stats.report)
+
+
+def _reservation(config: PlannerConfig, model: nn.Module, tables: Mapping[str, Table]) -> Any:
+    kept = config.reservation
+    if kept.kind == "percentage":
+        return FixedPercentageStorageReservation(kept.share)
+    if kept.kind == "fixed":
+        topology = config.topology
+        whole = topology.value("hbm_gib" if topology.device == "cuda" else "ddr_gib")
+        return FixedPercentageStorageReservation(min(1.0, kept.gib / whole))
+    # Always stated: on meta tensors TorchRec's own estimate of the dense part is unreliable.
+    dense = kept.dense_gib * _GIB if kept.dense_gib is not None else 6 * dense_bytes(model, tables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return HeuristicalStorageReservation(
+            percentage=kept.share, dense_tensor_estimate=max(1, int(dense))
+        )
+
+
+def _explain(error: Exception, config: PlannerConfig, weight_bytes: int) -> SidError:
+    kind = getattr(error, "error_type", None)
+    if kind is None or kind.value not in ("insufficient_storage", "partition"):
+        return SidError("sharding plan", str(error).strip().splitlines()[0], "Change the constraints.")
+    topology = config.topology
+    memory = topology.value("hbm_gib" if topology.device == "cuda" else "ddr_gib")
+    return SidError(
+        "sharding plan",
+        f"tables of {weight_bytes / _GIB:,.1f} GiB, with optimizer state and buffers, do not fit "
+        f"{topology.world_size} ranks of {memory:,.1f} GiB under these constraints",
+        "Use more ranks, fewer rows, a table optimizer with less state (sgd, rowwise_adagrad), row_wise "
+        "sharding of the largest tables, or the kernel fused_uvm_caching.",
+    )
