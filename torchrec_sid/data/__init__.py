@@ -11,6 +11,7 @@ from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import SEGMENTS, PreparedLog
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.data.store import HistoryStore
+from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 
 if TYPE_CHECKING:
     from torchrec_sid.data.batch import BatchConfig, RankingBatch
@@ -26,7 +27,9 @@ __all__ = [
     "PrepareConfig",
     "PreparedLog",
     "RankingBatch",
+    "SyntheticConfig",
     "prepare",
+    "write_synthetic",
 ]
 
 
