@@ -1,0 +1,130 @@
+"""Target attention over a jagged history: what in this user's past speaks for this candidate?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_sid.data.batch import HISTORY_AGES
+from torchrec_sid.errors import SidError
+
+
+@dataclass(frozen=True)
+class HistoryConfig:
+    """How a history is summarised.
+
+    Raises:
+        SidError: ``heads`` does not divide ``dim``, or a size below 1.
+    """
+
+    dim: int = 32
+    """Width D of event vectors and of each summary."""
+    heads: int = 4
+    """Attention heads."""
+    actions: int = 8
+    """Number of distinct actions (labels, ratings) an event may carry."""
+    ages: int = HISTORY_AGES
+    """Number of log2-seconds buckets of an event's age."""
+    pools: int = 2
+    """Query-free sums of event vectors, each weighted by a learned scalar per action."""
+    max_length: int = 64
+    """Events per user that the batch holds at most."""
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.heads, self.actions, self.ages, self.max_length) < 1 or self.pools < 0:
+            raise SidError("HistoryConfig", f"{self}", "Sizes must be positive.")
+        if self.dim % self.heads:
+            raise SidError("HistoryConfig", f"{self.heads} heads, dim {self.dim}", "Let heads divide dim.")
+
+
+class TargetAttention(nn.Module):
+    """Summaries of a history for one candidate per user.
+
+    An event is ``e_i = content_i + action[a_i] + age[g_i]``. The key projection is absorbed into the
+    query and the value projection into the output, so that no projection runs per event:
+
+        score_i = (W_k,h^T W_q,h t) . e_i / sqrt(D / heads)      out_h = W_v,h sum_i softmax(score)_i e_i
+
+    which equals multi-head attention with keys ``W_k e`` and values ``W_v e``. The pools add
+    ``sum_i gate[a_i, p] content_i / sqrt(n)``: with a positive gate for liked and a negative one for
+    disliked events their product with the candidate is an item-to-item model.
+
+    Args:
+        config: sizes.
+        device: where the parameters live.
+    """
+
+    def __init__(self, config: HistoryConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.action = nn.Embedding(config.actions, dim, device=device)
+        self.age = nn.Embedding(config.ages, dim, device=device)
+        self.query = nn.Linear(dim, dim, device=device)
+        self.key = nn.Linear(dim, dim, bias=False, device=device)
+        self.value = nn.Linear(dim, dim, device=device)
+        self.gate = nn.Embedding(config.actions, config.pools, device=device) if config.pools else None
+        nn.init.normal_(self.action.weight, std=0.1)
+        nn.init.normal_(self.age.weight, std=0.05)
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=0.5)
+
+    @property
+    def summaries(self) -> int:
+        """Number of ``[B, D]`` summaries that :meth:`forward` returns."""
+        return 2 + self.config.pools
+
+    def forward(self, target: Tensor, content: JaggedTensor | None, features: KeyedJaggedTensor) -> Tensor:
+        """Summarise each user's history.
+
+        Args:
+            target: ``[B, D]`` the candidate.
+            content: one ``[D]`` vector per event, or None where events carry no item feature.
+            features: holds ``history_action`` and ``history_age``, int64, one value per event.
+
+        Returns:
+            ``[B, 2 + pools, D]``: attended, mean of events, gated pools.
+        """
+        actions = features["history_action"]
+        lengths = actions.lengths()
+        action = actions.values()
+        events = self.action(action) + self.age(features["history_age"].values())
+        parts = [events]
+        if content is not None:
+            parts[0] = events + content.values()
+            if self.gate is not None:
+                gated = content.values().unsqueeze(1) * self.gate(action).unsqueeze(2)
+                parts.append(gated.flatten(1))
+        elif self.gate is not None:
+            parts.append(events.new_zeros(len(events), self.config.pools * self.config.dim))
+        bound = self.config.max_length if lengths.is_cuda else max(1, int(lengths.max()))
+        padded = torch.ops.fbgemm.jagged_to_padded_dense(
+            torch.cat(parts, dim=1), [actions.offsets()], [bound], 0.0
+        )
+        dim = self.config.dim
+        count = lengths.clamp(min=1).to(padded.dtype).unsqueeze(1)
+        attended = self._attend(target, padded[..., :dim], lengths)
+        totals = padded.sum(dim=1)
+        summaries = [attended, totals[:, :dim] / count]
+        if self.gate is not None:
+            summaries.extend((totals[:, dim:] / count.sqrt()).split(dim, dim=1))
+        return torch.stack(summaries, dim=1)
+
+    def _attend(self, target: Tensor, events: Tensor, lengths: Tensor) -> Tensor:
+        batch, bound, dim = events.shape
+        heads, width = self.config.heads, dim // self.config.heads
+        query = self.query(target).view(batch, heads, width)
+        absorbed = torch.einsum("bhw,hwd->bhd", query, self.key.weight.view(heads, width, dim))
+        scores = absorbed @ events.transpose(1, 2) / math.sqrt(width)
+        mask = torch.arange(bound, device=lengths.device) < lengths.unsqueeze(1)
+        scores = scores.masked_fill(~mask.unsqueeze(1), -1e9)
+        weights = scores.softmax(dim=-1) * mask.unsqueeze(1)
+        pooled = weights @ events
+        value = torch.einsum("bhd,hwd->bhw", pooled, self.value.weight.view(heads, width, dim))
+        # The bias is weighted like the values: an empty history attends to nothing, bias included.
+        present = mask.any(dim=1, keepdim=True).to(value.dtype)
+        return value.reshape(batch, dim) + self.value.bias * present

@@ -1,0 +1,1 @@
+"""The training loop: TorchRec's pipeline, progress, checkpoints, evaluation by slice."""

@@ -1,0 +1,198 @@
+"""`TrainingLoop`: batches through TorchRec's pipeline, with exact resume and evaluation by slice."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import KeyedOptimizer
+
+from torchrec_sid.data.batch import RankingBatch
+from torchrec_sid.metrics import SlicedMetrics, SliceMetrics
+from torchrec_sid.models.dlrm import RankingOutput
+from torchrec_sid.parallel.checkpoint import CheckpointManager
+from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
+from torchrec_sid.training.progress import TrainingProgress
+
+
+class Batches(Protocol):
+    """A sized stream of batches, the same number on every rank."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[RankingBatch]: ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: what has been trained on, not what has been read ahead."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    batch: int = 0
+    """Batches of the current epoch that were trained on."""
+    step: int = 0
+    """Optimizer steps in all."""
+
+
+class TrainResult(NamedTuple):
+    """What a call of :meth:`TrainingLoop.train` did."""
+
+    position: Position
+    """Where the run stands now."""
+    steps: int
+    """Steps done in this call."""
+    seconds: float
+    """Wall-clock seconds spent in them."""
+    examples: int
+    """Examples that this rank trained on."""
+
+
+class TrainingLoop:
+    """Trains and evaluates a sharded model. Every rank makes one and calls it in step.
+
+    Args:
+        model: ``DistributedModelParallel`` around a module that returns ``(loss, RankingOutput)``.
+        optimizer: the ``CombinedOptimizer`` of fused table and dense optimizers.
+        device: where the model lives.
+        checkpoints: where to save and from where to resume; None: neither.
+        checkpoint_every: steps between two checkpoints; 0: only at the end of training.
+        metadata: saved with every checkpoint, JSON-serialisable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: KeyedOptimizer,
+        device: torch.device,
+        *,
+        checkpoints: CheckpointManager | None = None,
+        checkpoint_every: int = 0,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.checkpoints = checkpoints
+        self.checkpoint_every = checkpoint_every
+        self.metadata = dict(metadata or {})
+        self.position = Position()
+        self._saved = 0
+        # Transforms from SIDs to rows run a batch ahead only with pipeline_postproc.
+        self.pipeline = TrainPipelineSparseDist(model, optimizer, device, pipeline_postproc=True)
+
+    def resume(self) -> Position:
+        """Continue from the newest checkpoint, if there is one; call it before :meth:`train`.
+
+        Raises:
+            SidError: the newest checkpoint does not fit this run or is damaged.
+        """
+        info = self.checkpoints.latest() if self.checkpoints is not None else None
+        if self.checkpoints is not None and info is not None:
+            prepare_to_load(self.optimizer)
+            state = training_state(self.model, self.optimizer)
+            saved = self.checkpoints.load(info, state)
+            apply_training_state(self.model, self.optimizer, state)
+            self.position = Position(**saved["position"])
+            self._saved = self.position.step
+        return self.position
+
+    def train(
+        self,
+        open_epoch: Callable[[int, int], Batches],
+        epochs: int,
+        *,
+        max_steps: int | None = None,
+        progress: TrainingProgress | None = None,
+        on_step: Callable[[int, RankingOutput], None] | None = None,
+    ) -> TrainResult:
+        """Train until ``epochs`` are complete, or ``max_steps`` steps are done in all.
+
+        Args:
+            open_epoch: ``(epoch, first_batch)`` -> the batches of that epoch from that one on.
+            epochs: passes over the data, those before a resume included.
+            max_steps: stop after this many steps in all.
+            progress: where to show it.
+            on_step: called after each step with its number (from 1) and output.
+        """
+        self.model.train()
+        first, started, examples = self.position.step, time.perf_counter(), 0
+        while self.position.epoch < epochs:
+            limit = None if max_steps is None else max_steps - self.position.step
+            batches = open_epoch(self.position.epoch, self.position.batch)
+            for output in self._progress(itertools.islice(batches, limit)):
+                self._advance()
+                examples += len(output.labels)
+                step = self.position.step
+                if on_step is not None:
+                    on_step(step, output)
+                if progress is not None and progress.due:
+                    # Every rank trains on as many examples.
+                    rate = examples * _world_size() / (time.perf_counter() - started)
+                    progress.show(step, rate, float(output.loss))
+                if self.checkpoint_every and step % self.checkpoint_every == 0:
+                    self.save()
+            if max_steps is not None and self.position.step >= max_steps:
+                break
+            self.position = Position(self.position.epoch + 1, 0, self.position.step)
+        steps = self.position.step - first
+        seconds = time.perf_counter() - started
+        if steps:
+            self.save()
+        return TrainResult(self.position, steps, seconds, examples)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current position, unless there is one already."""
+        if self.checkpoints is None or self._saved == self.position.step:
+            return
+        self._saved = self.position.step
+        self.checkpoints.save(
+            self.position.step,
+            training_state(self.model, self.optimizer),
+            {**self.metadata, "position": asdict(self.position)},
+        )
+
+    def evaluate(self, batches: Batches, batch_size: int, world_size: int) -> dict[str, SliceMetrics]:
+        """Metrics by slice over ``batches``, the same on every rank.
+
+        Args:
+            batches: this rank's part of the evaluation.
+            batch_size: rows per rank and batch.
+            world_size: number of ranks.
+        """
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        rows = len(batches) * batch_size * world_size
+        metrics = SlicedMetrics(rows, batch_size, rank, world_size, device=self.device)
+        self.model.eval()
+        with torch.no_grad():
+            for output in self._progress(batches):
+                metrics.update(
+                    predictions=torch.sigmoid(output.logits.double()),
+                    labels=output.labels,
+                    weights=output.weights,
+                    segment=output.segment,
+                )
+        return metrics.compute()
+
+    def _advance(self) -> None:
+        at = self.position
+        self.position = Position(at.epoch, at.batch + 1, at.step + 1)
+
+    def _progress(self, batches: Iterable[RankingBatch]) -> Iterator[RankingOutput]:
+        iterator = iter(batches)
+        while True:
+            try:
+                output = self.pipeline.progress(iterator)
+            except StopIteration:
+                return
+            yield output
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
