@@ -1,0 +1,260 @@
+"""TorchX components: `torchx run -s SCHEDULER apps/components.py:NAME [options] -- [options of the app]`.
+
+`train` runs `apps.train` under torch.distributed.run on any number of nodes; `quantize`, `evaluate`,
+`compare` and `export` run their app as one process. They use the interpreter that TorchX itself runs
+under, so the virtual environment need not be activated.
+"""
+
+# No `from __future__ import annotations` here: TorchX reads the annotations and cannot read strings.
+import shlex
+import sys
+from typing import Dict, List, Optional  # noqa: UP035  TorchX knows these spellings only
+
+from torchx import specs
+
+_DEFAULT_IMAGE = "."
+
+
+def train(
+    *script_args: str,
+    nnodes: int = 1,
+    nproc_per_node: int = 2,
+    min_nnodes: int = 0,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    h: Optional[str] = None,  # noqa: UP045
+    image: str = _DEFAULT_IMAGE,
+    python: str = sys.executable,
+    name: str = "train",
+    module: str = "apps.train",
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    rdzv_port: int = 29500,
+    log_dir: Optional[str] = None,  # noqa: UP045
+) -> specs.AppDef:
+    """Train one ranking model on several processes.
+
+    Args:
+        script_args: options of apps.train, after a double dash
+        nnodes: machines; with more than one, the processes meet at the first one's rdzv_port
+        nproc_per_node: processes per machine, one per GPU if there are GPUs
+        min_nnodes: elastic: start with this many machines and go on when one leaves; 0 needs all nnodes
+        max_restarts: restarts of all processes by torch.distributed.run when one fails; training resumes
+            from its newest checkpoint
+        max_retries: restarts of the whole job by the scheduler
+        cpu: CPU cores per machine
+        gpu: GPUs per machine
+        memMB: memory per machine, in MiB
+        h: a named resource of TorchX instead of cpu, gpu and memMB
+        image: container image, or on Slurm and local_cwd nothing (the job runs in the working directory)
+        python: interpreter; in a container image usually python
+        name: name of the job
+        module: module to run instead of apps.train
+        env: more environment variables, as NAME=VALUE,NAME=VALUE
+        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
+        rdzv_port: port of the first machine at which processes meet, with more than one machine
+        log_dir: folder for the output of every rank, beside the console
+    """
+    if not 0 <= min_nnodes <= nnodes:
+        raise ValueError(f"min_nnodes is {min_nnodes}: it must be 0 to nnodes ({nnodes})")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(nproc_per_node)]
+    launch += ["--max_restarts", str(max_restarts)]
+    if log_dir is not None:
+        launch += ["--log_dir", log_dir, "--tee", "3"]
+    if nnodes == 1:
+        entrypoint, args = python, [*launch, "--standalone", "-m", module, *script_args]
+    else:
+        entrypoint, args = (
+            "bash",
+            ["-c", _join_nodes(python, launch, nnodes, min_nnodes, rdzv_port, module, script_args)],
+        )
+    role = specs.Role(
+        name="train",
+        image=image,
+        entrypoint=entrypoint,
+        args=args,
+        env=_environment(env, gpu, local=nnodes == 1),
+        num_replicas=nnodes,
+        min_replicas=min_nnodes or None,
+        max_retries=max_retries,
+        resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
+        port_map={} if nnodes == 1 else {"c10d": rdzv_port},
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+    )
+    return specs.AppDef(name=name, roles=[role])
+
+
+def quantize(
+    *script_args: str,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    h: Optional[str] = None,  # noqa: UP045
+    image: str = _DEFAULT_IMAGE,
+    python: str = sys.executable,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Learn Semantic IDs from embeddings and write a catalog.
+
+    Args:
+        script_args: options of apps.quantize, after a double dash
+        cpu: CPU cores
+        gpu: GPUs
+        memMB: memory, in MiB
+        h: a named resource of TorchX instead of cpu, gpu and memMB
+        image: container image
+        python: interpreter; in a container image usually python
+        env: more environment variables, as NAME=VALUE,NAME=VALUE
+        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
+        max_retries: restarts by the scheduler
+    """
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _single("quantize", script_args, resource, image, python, env, mounts, max_retries)
+
+
+def evaluate(
+    *script_args: str,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    h: Optional[str] = None,  # noqa: UP045
+    image: str = _DEFAULT_IMAGE,
+    python: str = sys.executable,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Evaluate a trained model on the test period.
+
+    Args:
+        script_args: options of apps.evaluate, after a double dash
+        cpu: CPU cores
+        gpu: GPUs
+        memMB: memory, in MiB
+        h: a named resource of TorchX instead of cpu, gpu and memMB
+        image: container image
+        python: interpreter; in a container image usually python
+        env: more environment variables, as NAME=VALUE,NAME=VALUE
+        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
+        max_retries: restarts by the scheduler
+    """
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _single("evaluate", script_args, resource, image, python, env, mounts, max_retries)
+
+
+def compare(
+    *script_args: str,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    h: Optional[str] = None,  # noqa: UP045
+    image: str = _DEFAULT_IMAGE,
+    python: str = sys.executable,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Train the arms over seeds and write the report that compares them.
+
+    Args:
+        script_args: options of apps.compare, after a double dash
+        cpu: CPU cores
+        gpu: GPUs
+        memMB: memory, in MiB
+        h: a named resource of TorchX instead of cpu, gpu and memMB
+        image: container image
+        python: interpreter; in a container image usually python
+        env: more environment variables, as NAME=VALUE,NAME=VALUE
+        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
+        max_retries: restarts by the scheduler
+    """
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _single("compare", script_args, resource, image, python, env, mounts, max_retries)
+
+
+def export(
+    *script_args: str,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    h: Optional[str] = None,  # noqa: UP045
+    image: str = _DEFAULT_IMAGE,
+    python: str = sys.executable,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Export a trained model for serving.
+
+    Args:
+        script_args: options of apps.export, after a double dash
+        cpu: CPU cores
+        gpu: GPUs
+        memMB: memory, in MiB
+        h: a named resource of TorchX instead of cpu, gpu and memMB
+        image: container image
+        python: interpreter; in a container image usually python
+        env: more environment variables, as NAME=VALUE,NAME=VALUE
+        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
+        max_retries: restarts by the scheduler
+    """
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _single("export", script_args, resource, image, python, env, mounts, max_retries)
+
+
+def _single(
+    name: str,
+    script_args: tuple[str, ...],
+    resource: specs.Resource,
+    image: str,
+    python: str,
+    env: Optional[Dict[str, str]],  # noqa: UP006, UP045
+    mounts: Optional[List[str]],  # noqa: UP006, UP045
+    max_retries: int,
+) -> specs.AppDef:
+    role = specs.Role(
+        name=name,
+        image=image,
+        entrypoint=python,
+        args=["-m", f"apps.{name}", *script_args],
+        env=_environment(env, resource.gpu, local=True),
+        max_retries=max_retries,
+        resource=resource,
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+    )
+    return specs.AppDef(name=name, roles=[role])
+
+
+def _environment(env: Optional[Dict[str, str]], gpu: int, *, local: bool) -> Dict[str, str]:  # noqa: UP006, UP045
+    """Defaults that the caller's variables replace."""
+    defaults = {"PYTHONUNBUFFERED": "1", "LOGLEVEL": "WARNING"}
+    if gpu == 0:
+        # Processes share the cores: each with its own pool of threads is several times slower.
+        defaults["OMP_NUM_THREADS"] = "1"
+    if local and sys.platform == "linux":
+        # Gloo resolves the host name otherwise, which many laptops and containers cannot.
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {**defaults, **(env or {})}
+
+
+def _join_nodes(
+    python: str,
+    launch: list[str],
+    nnodes: int,
+    min_nnodes: int,
+    port: int,
+    module: str,
+    script_args: tuple[str, ...],
+) -> str:
+    """A shell line, because only the scheduler's shell knows the first machine's name."""
+    nodes = f"{min_nnodes}:{nnodes}" if min_nnodes else str(nnodes)
+    before = shlex.join([python, *launch, "--nnodes", nodes, "--rdzv_backend", "c10d", "--rdzv_id"])
+    # $$ survives TorchX's own substitution as $.
+    endpoint = f"$${{{specs.macros.rank0_env}:=localhost}}:{port}"
+    after = shlex.join(["-m", module, *script_args])
+    return f"{before} {specs.macros.app_id} --rdzv_endpoint {endpoint} {after}"

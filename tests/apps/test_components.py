@@ -1,0 +1,160 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from torchx.runner import get_runner
+
+from apps.components import train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchx(*arguments, check=True, path="/usr/bin:/bin"):
+    """The command line, from a shell in which the environment is not activated."""
+    command = [sys.executable, "-m", "torchx.cli.main", "run", *arguments]
+    environment = {**os.environ, "PATH": path}
+    environment.pop("VIRTUAL_ENV", None)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def scheduler_request(text):
+    return text.split("=== SCHEDULER REQUEST ===", 1)[1]
+
+
+def test_train_runs_its_ranks_and_restarts_a_failed_one(tmp_path):
+    result = torchx(
+        *(
+            "-cfg",
+            f"log_dir={tmp_path / 'logs'}",
+            "apps/components.py:train",
+            "--module",
+            "tests.apps.probe",
+        ),
+        *("--max_restarts", "1", "--env", "EXTRA=yes,OMP_NUM_THREADS=3"),
+        *("--", str(tmp_path), "fail-once", "--note", "a b", "$HOME"),
+    )
+    seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert "SUCCEEDED" in result.stdout + result.stderr
+    for rank, values in enumerate(seen):
+        assert values["RANK"] == str(rank)
+        assert values["WORLD_SIZE"] == values["LOCAL_WORLD_SIZE"] == "2"
+        assert values["arguments"] == ["--note", "a b", "$HOME"]
+        assert values["attempt"] == "1"
+        assert values["executable"] == sys.executable
+        assert values["EXTRA"] == "yes"
+        assert values["OMP_NUM_THREADS"] == "3"
+        assert values["GLOO_SOCKET_IFNAME"] == ("lo" if sys.platform == "linux" else None)
+
+
+def test_a_failing_rank_fails_the_command_and_its_output_is_kept(tmp_path):
+    result = torchx(
+        *(
+            "-cfg",
+            f"log_dir={tmp_path / 'logs'}",
+            "apps/components.py:train",
+            "--module",
+            "tests.apps.probe",
+        ),
+        *("--log_dir", str(tmp_path / "ranks"), "--", str(tmp_path), "fail"),
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "FAILED" in result.stdout + result.stderr
+    assert len(list((tmp_path / "ranks").rglob("stderr.log"))) == 2
+
+
+def test_the_config_file_picks_the_scheduler_and_defaults_suit_a_laptop():
+    text = torchx("--dryrun", "apps/components.py:train", "--", "--steps", "2").stdout
+    request = scheduler_request(text)
+    for part in (
+        "'-m',",
+        "'torch.distributed.run'",
+        "'--standalone'",
+        "'apps.train'",
+        "'--steps'",
+        "out/torchx",
+    ):
+        assert part in request
+    assert "'OMP_NUM_THREADS': '1'" in request
+
+
+def test_slurm_dry_run_of_two_nodes():
+    text = torchx(
+        *("--dryrun", "-s", "slurm", "-cfg", "partition=gpu,time=24:00:00", "apps/components.py:train"),
+        *("--nnodes", "2", "--nproc_per_node", "8", "--gpu", "8", "--cpu", "96", "--memMB", "1000000"),
+        *("--max_restarts", "3", "--max_retries", "2", "--", "--output", "/scratch/my run"),
+    ).stdout
+    script = scheduler_request(text)
+    assert script.count("--gpus-per-task=8") == script.count("--partition=gpu --time=24:00:00") == 2
+    assert "--cpus-per-task=96 --mem=1000000" in script
+    assert "export TORCHX_MAX_RETRIES=2" in script
+    assert "--max_restarts 3 --nnodes 2 --rdzv_backend c10d" in script
+    assert "${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29500 -m apps.train" in script
+    assert "/scratch/my run" in script
+    # On GPUs and across machines the laptop's defaults would be wrong.
+    assert "OMP_NUM_THREADS" not in script
+    assert "GLOO_SOCKET_IFNAME" not in script
+
+
+def test_kubernetes_dry_run_of_two_nodes():
+    pytest.importorskip("kubernetes")
+    text = torchx(
+        *("--dryrun", "--workspace", "", "-s", "kubernetes", "-cfg", "queue=research,namespace=ml"),
+        *("apps/components.py:train", "--nnodes", "2", "--min_nnodes", "1", "--nproc_per_node", "8"),
+        *("--gpu", "8", "--cpu", "96", "--memMB", "1000000", "--max_retries", "2"),
+        *("--image", "registry.example/sid:1", "--python", "python", "--env", "NCCL_DEBUG=WARN"),
+        *("--mounts", "type=volume,src=logs,dst=/data,readonly", "--", "--output", "/data/run"),
+    ).stdout
+    job = yaml.safe_load(scheduler_request(text))["spec"]
+    assert (job["queue"], job["maxRetry"], len(job["tasks"])) == ("research", 2, 2)
+    assert [task["minAvailable"] for task in job["tasks"]] == [1, 0]
+    pod = job["tasks"][1]["template"]["spec"]
+    container = pod["containers"][0]
+    assert container["image"] == "registry.example/sid:1"
+    assert container["command"][:2] == ["bash", "-c"]
+    assert container["command"][2].startswith("python -m torch.distributed.run --nproc_per_node 8")
+    assert "--nnodes 1:2" in container["command"][2]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert {"name": "NCCL_DEBUG", "value": "WARN"} in container["env"]
+    assert {"mountPath": "/data", "name": "mount-0", "readOnly": True} in container["volumeMounts"]
+    assert pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == "logs"
+
+
+@pytest.mark.parametrize("name", ["quantize", "evaluate", "compare", "export"])
+def test_single_process_components_run_their_app(name):
+    with get_runner() as runner:
+        info = runner.dryrun_component(
+            f"{ROOT}/apps/components.py:{name}",
+            [
+                "--cpu",
+                "4",
+                "--gpu",
+                "1",
+                "--memMB",
+                "100",
+                "--max_retries",
+                "1",
+                "--env",
+                "A=b",
+                "--",
+                "--x",
+                "1 2",
+            ],
+            scheduler="local_cwd",
+        )
+    role = info._app.roles[0]
+    assert role.entrypoint == sys.executable
+    assert role.args == ["-m", f"apps.{name}", "--x", "1 2"]
+    assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (4, 1, 100)
+    assert (role.max_retries, role.env["A"]) == (1, "b")
+
+
+def test_elastic_bounds_are_checked():
+    with pytest.raises(ValueError, match="min_nnodes is 3"):
+        train(nnodes=2, min_nnodes=3)
