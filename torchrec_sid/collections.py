@@ -42,6 +42,7 @@ class SidEmbeddingBagCollection(nn.Module):
         is_weighted: the KJT carries one weight per value, as in TorchRec.
         device: where the tables live; may be meta.
         catalog: see :data:`Catalogs`.
+        adapter: run on the batch first, for codes in other forms: ``PackFeatures``, ``PackValues``.
 
     Raises:
         SidError: configurations that contradict each other; at forward, values that do not fit them.
@@ -65,8 +66,10 @@ class SidEmbeddingBagCollection(nn.Module):
         is_weighted: bool = False,
         device: torch.device | None = None,
         catalog: Catalogs = None,
+        adapter: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.adapter = adapter
         _check_kinds(tables, (SidEmbeddingBagConfig, EmbeddingBagConfig))
         catalogs = _per_feature(tables, catalog)
         layout = plan_layout(tables, catalogs, EmbeddingBagConfig)
@@ -79,6 +82,8 @@ class SidEmbeddingBagCollection(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT of SIDs and ids -> KeyedTensor ``[B, sum of D]``, keys as the stock collection names them."""
+        if self.adapter is not None:
+            features = self.adapter(features)
         pooled = self.ebc(self.transform(features))
         if self.combine is not None:
             pooled = self.combine(pooled)
@@ -119,6 +124,7 @@ class SidEmbeddingCollection(nn.Module):
         device: where the tables live; may be meta.
         need_indices: return the looked-up rows as weights; only where one row is read per event.
         catalog: see :data:`Catalogs`.
+        adapter: run on the batch first, for codes in other forms: ``PackFeatures``, ``PackValues``.
 
     Raises:
         SidError: configurations that contradict each other; at forward, values that do not fit them.
@@ -130,8 +136,10 @@ class SidEmbeddingCollection(nn.Module):
         device: torch.device | None = None,
         need_indices: bool = False,
         catalog: Catalogs = None,
+        adapter: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.adapter = adapter
         _check_kinds(tables, (SidEmbeddingConfig, EmbeddingConfig))
         catalogs = _per_feature(tables, catalog)
         layout = plan_layout(tables, catalogs, EmbeddingConfig)
@@ -160,6 +168,8 @@ class SidEmbeddingCollection(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """KJT of SIDs and ids -> feature -> JaggedTensor ``[events, D]`` with the lengths of the input."""
+        if self.adapter is not None:
+            features = self.adapter(features)
         rows = self.ec(self.transform(features))
         if self.combine is not None:
             rows = self.combine(rows)

@@ -1,5 +1,6 @@
 """SID tables: schemes that say which rows a SID addresses, and the transforms that evaluate them."""
 
+from torchrec_sid.tables.adapters import CatalogLookup, PackFeatures, PackValues
 from torchrec_sid.tables.catalog_map import UNKNOWN, CatalogMap
 from torchrec_sid.tables.configs import SidEmbeddingBagConfig, SidEmbeddingConfig
 from torchrec_sid.tables.schemes import HashedId, HashedPrefix, NGramGroups, PerLevel, Scheme
@@ -7,10 +8,13 @@ from torchrec_sid.tables.transform import SidTransform
 
 __all__ = [
     "UNKNOWN",
+    "CatalogLookup",
     "CatalogMap",
     "HashedId",
     "HashedPrefix",
     "NGramGroups",
+    "PackFeatures",
+    "PackValues",
     "PerLevel",
     "Scheme",
     "SidEmbeddingBagConfig",

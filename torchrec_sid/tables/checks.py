@@ -33,6 +33,15 @@ def check_kjt(features: KeyedJaggedTensor, needed: Sequence[str], *, weighted: b
         )
     name = f"features {list(needed)}" if len(needed) > 1 else f"feature {needed[0]!r}"
     check_layout(name, features.values())
+    if (
+        not features.variable_stride_per_key()
+        and features.lengths().numel() != len(present) * features.stride()
+    ):
+        raise SidError(
+            name,
+            f"{features.lengths().numel()} lengths for {len(present)} keys",
+            "Give one length per key and example, key by key.",
+        )
     total = features.offset_per_key()[-1]
     if total != features.values().numel():
         raise SidError(

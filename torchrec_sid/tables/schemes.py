@@ -163,6 +163,8 @@ class NGramGroups:
         _check_positive("NGramGroups", n=self.n)
         if self.stride is not None:
             _check_positive("NGramGroups", stride=self.stride)
+            if self.stride > self.n:
+                raise SidError("NGramGroups", f"stride={self.stride} above n={self.n}", "It skips levels.")
         if self.depth is not None:
             _check_positive("NGramGroups", depth=self.depth)
         _check_rows("NGramGroups", self.num_embeddings)
