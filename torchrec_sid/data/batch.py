@@ -91,7 +91,6 @@ class RankingBatch(Pipelineable):
         self._map(lambda part: part.record_stream(stream) or part)
 
     def _map(self, change: Callable[[Any], Any]) -> RankingBatch:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return RankingBatch(
-            **{name: None if part is None else change(part) for name, part in parts.items()}
-        )
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {name: None if part is None else change(part) for name, part in parts.items()}
+        return RankingBatch(**parts)

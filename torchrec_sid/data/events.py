@@ -26,7 +26,9 @@ class EventStatistics:
     """What one pass over the events learns."""
 
     rows: int = 0
+    """Events on items that have an embedding."""
     positives: int = 0
+    """Those with label 1."""
     without_embedding: int = 0
     """Events left out because their item has no embedding."""
     actions: int = 0
@@ -82,10 +84,15 @@ class EventReader:
         for batch in scan(self.file, self.path, self.columns):
             events = self._records(batch, begin)
             begin += len(batch)
-            self._learn(events)
             kept = events["item"] >= 0
-            self.statistics.without_embedding += int((~kept).sum())
-            yield events if kept.all() else events[kept]
+            if not kept.all():
+                self.statistics.without_embedding += int((~kept).sum())
+                events = events[kept]
+            if len(events):
+                self._learn(events)
+                yield events
+        if not self.statistics.rows:
+            raise SidError(str(self.path), "no event on an item with an embedding", "Add embeddings.")
         if self.has_split:
             self._check_split_order()
 

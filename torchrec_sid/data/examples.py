@@ -51,7 +51,7 @@ class ExampleWriter:
         self.folder, self.block_rows = folder, block_rows
         self.shuffle_window = shuffle_window
         self.rows = self.positives = 0
-        self.segments = np.zeros(4, np.int64)
+        self.segments = np.zeros((2, 4), np.int64)  # rows, positives
         self._random = np.random.default_rng([seed, 0x73687566])
         self._window = np.empty(0, EXAMPLE)
         self._rest = np.empty(0, EXAMPLE)
@@ -62,7 +62,8 @@ class ExampleWriter:
         """Append EXAMPLE records ``[n]`` in order of time."""
         self.rows += len(examples)
         self.positives += int(examples["label"].sum())
-        self.segments += np.bincount(examples["segment"], minlength=4)
+        self.segments[0] += np.bincount(examples["segment"], minlength=4)
+        self.segments[1] += np.bincount(examples["segment"][examples["label"] == 1], minlength=4)
         if not self.shuffle_window:
             self._write(examples)
             return

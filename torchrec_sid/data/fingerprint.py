@@ -16,6 +16,7 @@ class InputFiles:
     """Size, modification time and SHA-256 of each input file."""
 
     entries: dict[str, dict[str, Any]]
+    """File name -> ``bytes``, ``mtime_ns``, ``sha256``, as the manifest holds them."""
 
     @classmethod
     def of(cls, folder: LogFolder, manifest: Path) -> InputFiles:
@@ -42,10 +43,6 @@ class InputFiles:
         digest.update(json.dumps([version, config, contents, folder.drop_bare], sort_keys=True).encode())
         digest.update(folder.item_ids.tobytes())
         return digest.hexdigest()
-
-    def manifest(self) -> dict[str, Any]:
-        """JSON form."""
-        return self.entries
 
 
 def _entry(path: Path, known: dict[str, Any]) -> dict[str, Any]:

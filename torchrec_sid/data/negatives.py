@@ -18,20 +18,24 @@ _PIECE = 1 << 16
 class NegativeSampling:
     """How negatives are drawn for each positive of a log that has no label 0.
 
-    For a positive (user, item, ts), positions are drawn uniformly among the last ``window`` events of the
-    log with a time up to ts, and the item at a position is accepted with probability
-    ``count ** (power - 1)``, its number of events in that window. So an item is drawn in proportion to
-    ``count ** power`` of the past only: never before its own first event, never before its release, and
-    with ``power = 1`` exactly as often as it is chosen, so that its popularity says nothing of the label.
-    The positive's own item is never drawn for it.
+    For a positive (user, item, ts), positions are drawn uniformly among the events at time ts and the
+    last ``window`` events before it, and the item at a position is accepted with probability
+    ``count ** (power - 1)``, its number of events there. So an item is drawn in proportion to
+    ``count ** power`` of the recent past only: never before its own first event, never before its
+    release, and never for a user's positive on itself.
+
+    The window is short on purpose. Drawn from the whole past, an item is a negative as often as it was
+    popular over years, while it is a positive as often as it is popular now: being new would give the
+    label away (docs/data.md has the measurement).
     """
 
     per_positive: int = 4
     """Negatives for each positive."""
-    power: float = 0.75
-    """0 draws uniformly among the items of the window, 1 in proportion to their events."""
-    window: int = 1 << 20
-    """Events of the past that are drawn from."""
+    power: float = 1.0
+    """0 draws uniformly among the items of the window, 1 in proportion to their events; below 1, popular
+    items are positive more often than not popular ones, and a model can earn by popularity."""
+    window: int = 1 << 11
+    """Events before the positive's time that are drawn from, beside all events at that time."""
 
     def __post_init__(self) -> None:
         if self.per_positive < 1:
@@ -79,9 +83,9 @@ class NegativeSampler:
 
     def _draw(self, begin: int, end: int) -> Negatives:
         ts = np.asarray(self.log_ts[begin:end])
-        # Events at the same time are already known items: at day resolution most of the day is.
+        # All events of the same time belong to the window: at day resolution their order means nothing.
         stop = np.searchsorted(self.log_ts, ts, side="right")
-        start = np.maximum(stop - self.config.window, 0)
+        start = np.maximum(np.searchsorted(self.log_ts, ts, side="left") - self.config.window, 0)
         self._advance(int(start[0]), int(stop[0]))
         each = self.config.per_positive
         positive = np.repeat(np.arange(end - begin), each)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.appender import NpyAppender
+from torchrec_sid.data.atomic import folder_lock, whole_folder
 from torchrec_sid.data.events import SPLITS, EventReader
 from torchrec_sid.data.examples import BLOCKS_PER_FILE, ExampleWriter
 from torchrec_sid.data.fingerprint import InputFiles
@@ -30,6 +30,9 @@ from torchrec_sid.data.prepared import LAYOUT_VERSION, MANIFEST, SEGMENTS, Prepa
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.data.store import StoreWriter
 from torchrec_sid.errors import SidError
+
+SPILL = ".spill"
+"""Scratch files of a preparation, inside the folder that it fills."""
 
 _log = logging.getLogger(__name__)
 
@@ -96,25 +99,31 @@ def prepare(
     out = Path(out)
     files = InputFiles.of(folder, out / MANIFEST)
     mark = files.fingerprint(LAYOUT_VERSION, asdict(config), folder)
-    if (out / MANIFEST).is_file():
-        found = PreparedLog.open(out)
-        if found.manifest["version"] == LAYOUT_VERSION and found.fingerprint == mark:
-            _log.info("reusing the prepared log in %s", out)
+    found = _reusable(out, mark)
+    if found is not None:
+        return found
+    with folder_lock(out):
+        # Another process may have made it while this one waited.
+        found = _reusable(out, mark)
+        if found is not None:
             return found
-    elif out.exists() and any(out.iterdir()):
-        raise SidError(str(out), "holds something that is not a prepared log", "Choose another folder.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        manifest = _Preparation(folder, config, work).run()
-        write_json(work / "done" / MANIFEST, {"fingerprint": mark, **manifest, "inputs": files.manifest()})
-        old = work / "old"
-        if out.exists():
-            out.rename(old)
-        (work / "done").rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with whole_folder(out) as work:
+            manifest = _Preparation(folder, config, work).run()
+            shutil.rmtree(work / SPILL)
+            write_json(work / MANIFEST, {"fingerprint": mark, **manifest, "inputs": files.entries})
     return PreparedLog.open(out)
+
+
+def _reusable(out: Path, mark: str) -> PreparedLog | None:
+    if not (out / MANIFEST).is_file():
+        if out.exists() and any(out.iterdir()):
+            raise SidError(str(out), "holds something that is not a prepared log", "Choose another folder.")
+        return None
+    found = PreparedLog.open(out)
+    if found.manifest["version"] != LAYOUT_VERSION or found.fingerprint != mark:
+        return None
+    _log.info("reusing the prepared log in %s", out)
+    return found
 
 
 class _Preparation:
@@ -122,8 +131,7 @@ class _Preparation:
 
     def __init__(self, folder: LogFolder, config: PrepareConfig, work: Path) -> None:
         self.folder, self.config = folder, config
-        self.spill, self.done = work / "spill", work / "done"
-        self.done.mkdir()
+        self.spill, self.done = work / SPILL, work
         groups = folder.cold_holdout() if config.holdout else None
         self.release = np.zeros(len(folder), np.int8) if groups is None else groups
         self.reader = EventReader(folder, config.action_column)
@@ -269,7 +277,10 @@ class _Preparation:
                 "positives": writer.positives,
                 "first_ts": first[number],
                 "last_ts": last[number],
-                "segments": dict(zip(SEGMENTS, writer.segments.tolist(), strict=True)),
+                "segments": {
+                    segment_name: {"rows": int(rows), "positives": int(positives)}
+                    for segment_name, rows, positives in zip(SEGMENTS, *writer.segments, strict=True)
+                },
             }
             for number, (name, writer) in enumerate(zip(SPLITS, writers, strict=True))
         }

@@ -53,6 +53,10 @@ class PreparedLog:
             )
         return cls(path, manifest)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Mapped arrays would be copied into a worker process; it opens its own.
+        return {"path": self.path, "manifest": self.manifest}
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the input files and the configuration."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.appender import NpyAppender
+from torchrec_sid.data.atomic import folder_lock, whole_folder
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.planted import LATENT, SyntheticConfig, World
 from torchrec_sid.data.schema import EVENTS, ITEMS, SETTINGS, LogFolder
@@ -52,29 +52,23 @@ def write_synthetic(path: str | Path, config: SyntheticConfig | None = None) -> 
     config = config or SyntheticConfig()
     path = Path(path)
     recipe = json.loads(json.dumps({"version": _VERSION, "config": asdict(config)}))
-    if (path / RECIPE).is_file() and json.loads((path / RECIPE).read_text()) == recipe:
-        return LogFolder.open(path)
     if path.exists() and any(path.iterdir()) and not (path / RECIPE).is_file():
         raise SidError(str(path), "holds something that is not a synthetic log", "Choose another folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        done = work / "done"
-        done.mkdir()
-        world = World(config)
-        _write_items(done / ITEMS, world)
-        for number, source in enumerate(config.sources):
-            name = "item_emb.npy" if source == "content" else f"item_emb_{source}.npy"
-            _write_embeddings(done / name, world, number)
-        _write_events(done / EVENTS, world)
-        write_json(done / SETTINGS, {"default_source": config.sources[0]})
-        write_json(done / RECIPE, recipe)
-        if path.exists():
-            path.rename(work / "old")
-        done.rename(path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with folder_lock(path):
+        if not (path / RECIPE).is_file() or json.loads((path / RECIPE).read_text()) != recipe:
+            with whole_folder(path) as work:
+                _write(work, World(config), recipe)
     return LogFolder.open(path)
+
+
+def _write(done: Path, world: World, recipe: dict[str, Any]) -> None:
+    _write_items(done / ITEMS, world)
+    for number, source in enumerate(world.config.sources):
+        name = "item_emb.npy" if source == "content" else f"item_emb_{source}.npy"
+        _write_embeddings(done / name, world, number)
+    _write_events(done / EVENTS, world)
+    write_json(done / SETTINGS, {"default_source": world.config.sources[0]})
+    write_json(done / RECIPE, recipe)
 
 
 def _chunks(total: int) -> Iterator[Array]:
