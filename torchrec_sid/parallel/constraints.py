@@ -19,23 +19,34 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.planner_config import PlannerConfig, TableConstraint
 from torchrec_sid.parallel.sharders import CPU_DEFAULT_TYPES, CpuBagSharder, CpuSequenceSharder
-from torchrec_sid.parallel.tables import Table
+from torchrec_sid.parallel.tables import Table, find_tables
 
 PINNABLE_TYPES = ("table_wise", "column_wise")
 """Types whose shards may be confined to some ranks; the others use every rank, or every rank of a node."""
 
 
-def model_pooling_factors(model: nn.Module) -> dict[str, tuple[float, ...]]:
-    """Mean ids per sample of each table, as the model's own modules state them.
+def model_pooling_factors(
+    model: nn.Module, feature_lengths: Mapping[str, float] | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Mean ids per sample of each table: what the planner calls pooling factors, one for each feature.
 
-    A module states them through a method ``pooling_factors()`` that returns table name -> one number for
-    each feature of the table; SID collections do (prefixes or pieces per item, times items per sample).
+    A module that turns items into several ids states them itself, through a method
+    ``pooling_factors(feature_lengths)`` that returns table name -> one number for each feature: SID
+    collections do (prefixes or pieces per item, times items per sample). Other tables have one id per item.
+
+    Args:
+        model: unsharded.
+        feature_lengths: feature -> mean items per sample, as the data has them; 1 where it is not said.
     """
-    factors: dict[str, tuple[float, ...]] = {}
+    lengths = dict(feature_lengths or {})
+    factors = {
+        name: tuple(float(lengths.get(feature, 1.0)) for feature in table.config.feature_names)
+        for name, table in find_tables(model).items()
+    }
     for module in model.modules():
         state = getattr(module, "pooling_factors", None)
         if callable(state):
-            factors.update({name: tuple(map(float, values)) for name, values in state().items()})
+            factors.update({name: tuple(map(float, values)) for name, values in state(lengths).items()})
     return factors
 
 

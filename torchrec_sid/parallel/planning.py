@@ -84,7 +84,7 @@ def make_plan(
     model: nn.Module,
     config: PlannerConfig,
     *,
-    pooling_factors: Mapping[str, Sequence[float]] | None = None,
+    feature_lengths: Mapping[str, float] | None = None,
 ) -> PlannedModel:
     """Plan the sharding of a model's tables.
 
@@ -95,8 +95,9 @@ def make_plan(
     Args:
         model: unsharded.
         config: the planner's configuration.
-        pooling_factors: table name -> mean ids per sample of each feature, beside those that the model
-            states by itself; they win over the model's, and lose against a configured constraint.
+        feature_lengths: feature -> mean items per sample, measured in the data. Together with what the
+            model's SID collections know (prefixes or pieces per item) they give the pooling factors of
+            every table that the configuration gives none.
 
     Raises:
         SidError: a constraint that cannot be met, or tables that do not fit, with what to change.
@@ -105,7 +106,7 @@ def make_plan(
     config = replace(
         config, topology=resolve_topology(config.topology, ranks.size if ranks.group else None)
     )
-    factors = {**model_pooling_factors(model), **(pooling_factors or {})}
+    factors = model_pooling_factors(model, feature_lengths)
     tables = find_tables(model)
     return ranks.first(lambda: _plan(model, config, tables, factors), where="sharding plan")
 

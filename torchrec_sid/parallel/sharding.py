@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +69,8 @@ def shard_model(
     device: torch.device,
     table_optimizer: TableOptimizer,
     seed: int,
-    pooling_factors: Mapping[str, Sequence[float]] | None = None,
+    batch_size: int | None = None,
+    feature_lengths: Mapping[str, float] | None = None,
 ) -> ShardedModel:
     """Shard the tables of a model and replicate the rest; a collective call.
 
@@ -85,7 +86,8 @@ def shard_model(
         device: of this process.
         table_optimizer: fused into the backward pass of every table.
         seed: of the tables' weights.
-        pooling_factors: see :func:`~torchrec_sid.parallel.planning.make_plan`.
+        batch_size: samples per rank and step, for the planner; None takes the configuration's.
+        feature_lengths: see :func:`~torchrec_sid.parallel.planning.make_plan`.
 
     Raises:
         SidError: no process group, a plan that does not fit model, world or device, an optimizer that the
@@ -102,8 +104,9 @@ def shard_model(
     table_optimizer.mark(table_parameters(model, tables).values())
     summary, report = None, ""
     if isinstance(plan, PlannerConfig):
-        plan = replace(plan, topology=replace(plan.topology, device=device.type))
-        planned = make_plan(model, plan, pooling_factors=pooling_factors)
+        topology = replace(plan.topology, device=device.type)
+        plan = replace(plan, topology=topology, batch_size=batch_size or plan.batch_size)
+        planned = make_plan(model, plan, feature_lengths=feature_lengths)
         plan, summary, report = planned.plan, planned.summary, planned.report
     else:
         check_plan(plan, model, ranks.size, device.type)
