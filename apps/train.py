@@ -29,7 +29,6 @@ from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.doctor import find_versions
 from torchrec_sid.errors import SidError
-from torchrec_sid.metrics import SliceMetrics
 from torchrec_sid.models.arms import arm_named
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.models.dlrm import RankingOutput
@@ -179,9 +178,7 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     return report
 
 
-def _run(
-    config: TrainConfig, loop: TrainingLoop, read: Any, output: Path, ranks: Ranks
-) -> TrainResult:
+def _run(config: TrainConfig, loop: TrainingLoop, read: Any, output: Path, ranks: Ranks) -> TrainResult:
     at = loop.resume()
     if at.step and ranks.rank == 0:
         logger.info("resuming after step %d", at.step)

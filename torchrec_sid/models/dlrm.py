@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class HistoryDLRM(nn.Module):
             without any item feature.
         history: KeyedJaggedTensor -> ``{history_feature: JaggedTensor}``, values ``[events, D]``, or None.
         dense_in_features: F, columns of the dense input.
-        config: sizes of the history encoder; its ``dim`` is D.
+        config: sizes of the history encoder; its ``dim`` is D. Without ``history`` there are no pools.
         dense_layers, over_layers: hidden widths of the two MLPs.
         history_feature: key of the history in what ``history`` returns.
         device: where the parameters live.
@@ -59,6 +60,8 @@ class HistoryDLRM(nn.Module):
     ) -> None:
         super().__init__()
         dim = config.dim
+        if history is None:
+            config = replace(config, pools=0)
         self.candidate = candidate
         self.history = history
         self.history_feature = history_feature
@@ -72,11 +75,11 @@ class HistoryDLRM(nn.Module):
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """``dense [B, F]`` and the sparse features -> logits ``[B]``."""
         dense_vector = self.dense(dense)
-        target = (
-            self.no_item.expand_as(dense_vector)
-            if self.candidate is None
-            else self.candidate(features).values()
-        )
+        if self.candidate is None:
+            assert self.no_item is not None
+            target = self.no_item.expand_as(dense_vector)
+        else:
+            target = self.candidate(features).values()
         content = None if self.history is None else self.history(features)[self.history_feature]
         summaries = self.attention(target, content, features)
         fields = [dense_vector] if self.candidate is None else [dense_vector, target]

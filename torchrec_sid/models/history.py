@@ -83,24 +83,26 @@ class TargetAttention(nn.Module):
 
         Args:
             target: ``[B, D]`` the candidate.
-            content: one ``[D]`` vector per event, or None where events carry no item feature.
+            content: one ``[D]`` vector per event, or None where events carry no item feature (and there
+                are no pools).
             features: holds ``history_action`` and ``history_age``, int64, one value per event.
 
         Returns:
             ``[B, 2 + pools, D]``: attended, mean of events, gated pools.
+
+        Raises:
+            SidError: pools without content.
         """
         actions = features["history_action"]
         lengths = actions.lengths()
         action = actions.values()
         events = self.action(action) + self.age(features["history_age"].values())
-        parts = [events]
-        if content is not None:
-            parts[0] = events + content.values()
-            if self.gate is not None:
-                gated = content.values().unsqueeze(1) * self.gate(action).unsqueeze(2)
-                parts.append(gated.flatten(1))
-        elif self.gate is not None:
-            parts.append(events.new_zeros(len(events), self.config.pools * self.config.dim))
+        parts = [events if content is None else events + content.values()]
+        if self.gate is not None:
+            if content is None:
+                raise SidError("pools", f"{self.config.pools} without content", "Set pools=0.")
+            gated = content.values().unsqueeze(1) * self.gate(action).unsqueeze(2)
+            parts.append(gated.flatten(1))
         bound = self.config.max_length if lengths.is_cuda else max(1, int(lengths.max()))
         padded = torch.ops.fbgemm.jagged_to_padded_dense(
             torch.cat(parts, dim=1), [actions.offsets()], [bound], 0.0

@@ -1,0 +1,184 @@
+"""The main job: learn SIDs, write a catalog, train every arm under TorchX, compare them in one table.
+
+`python -m apps.compare --output out` makes a synthetic log; `--data FOLDER` takes a log in the format of
+docs/data.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from apps.cli import parse_config
+from apps.launch import launch_training
+from apps.report import markdown_table, summarise_arm, terminal_table, write_report
+from apps.train import TrainConfig
+from torchrec_sid.artifact import write_json
+from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
+from torchrec_sid.models.arms import ARMS, arm_named
+from torchrec_sid.models.build import RankingConfig
+from torchrec_sid.quantizers import ResidualKMeans, ResidualKMeansConfig
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """One comparison."""
+
+    output: str = "out"
+    """Folder of the report, the catalog and the runs."""
+    data: str | None = None
+    """Folder of a log; default: a synthetic one, made in OUTPUT/synthetic."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Which arms, see torchrec_sid/models/arms.py."""
+    seeds: int = 1
+    """Trainings per arm, seeds 0 .. SEEDS - 1."""
+    processes: int = 2
+    """Processes of each training."""
+    source: str | None = None
+    """Embedding source that SIDs and the dense arm read; default: the log's own default."""
+    evaluate_on: str = "test"
+    """Split that the table is about; tune on valid."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    """The log made where no data is given."""
+    quantizer: ResidualKMeansConfig = field(default_factory=ResidualKMeansConfig)
+    """What learns the SIDs."""
+    model: RankingConfig = field(default_factory=RankingConfig)
+    """Backbone; its arm is ignored."""
+    batch_size: int = 512
+    """Rows per step over all processes."""
+
+
+def main() -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    config = parse_config(CompareConfig, __doc__)
+    report = compare(config, Console())
+    Console().print(terminal_table(report))
+    Console().print(f"report: {Path(config.output) / 'report.html'}")
+
+
+def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
+    """Run the main job and write its report.
+
+    Returns:
+        What ``OUTPUT/report.json`` holds.
+
+    Raises:
+        SidError: bad data, an unknown arm, or a training that failed; before any training where possible.
+    """
+    for name in config.arms:
+        arm_named(name)
+    output = Path(config.output)
+    data = Path(config.data) if config.data else _synthesise(config, output / "synthetic", console)
+    with console.status(f"preparing {data}"):
+        log = prepare(data, output / "prepared", PrepareConfig())
+    with console.status("learning SIDs"):
+        catalog = _learn_sids(config, data, log, output / "sids")
+    runs = _train_all(config, data, catalog, output, console)
+    report = {
+        "dataset": data.name,
+        "world_size": config.processes,
+        "seeds": list(range(config.seeds)),
+        "command": shlex.join(["python", "-m", "apps.compare", *sys.argv[1:]]),
+        "git": _git_commit(),
+        "evaluated_on": config.evaluate_on,
+        "arms": [summarise_arm(runs[name]) for name in config.arms],
+    }
+    write_report(report, output, sorted((output / "sids").glob("*.png")))
+    (output / "report.md").write_text(markdown_table(report))
+    return report
+
+
+def _synthesise(config: CompareConfig, path: Path, console: Console) -> Path:
+    with console.status("making a synthetic log"):
+        write_synthetic(path, config.synthetic)
+    return path
+
+
+def _learn_sids(config: CompareConfig, data: Path, log: PreparedLog, output: Path) -> Path:
+    """Fit on the items of the training period, as in production; encode the later ones like new items."""
+    folder = LogFolder.open(data)
+    matrix = torch.from_numpy(folder.embedding_matrix(config.source)[:]).float()
+    seen = torch.from_numpy(log.item_train_events > 0)
+    quantizer = ResidualKMeans(matrix.shape[1], config.quantizer)
+    quantizer.fit(matrix[seen])
+    mark = quantizer.save(output / "quantizer.safetensors")
+    held_out = matrix if bool(seen.all()) else matrix[~seen]
+    write_json(output / "quality.json", quantizer.quality(held_out).to_dict())
+    catalog = output / "catalog"
+    SidCatalog.create(catalog, quantizer.spec, log.item_ids, quantizer.encode(matrix), mark)
+    return catalog
+
+
+def _train_all(
+    config: CompareConfig, data: Path, catalog: Path, output: Path, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """Arm name -> the metrics of its seeds. Seeds outermost, so that drift of the machine is shared."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.arms}
+    bar = Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("training", total=len(config.arms) * config.seeds, note="")
+        for seed in range(config.seeds):
+            for name in config.arms:
+                bar.update(task, description=name, note=f"seed {seed}")
+                run = TrainConfig(
+                    data=str(data),
+                    output=str(output / "runs" / f"{name}-seed{seed}"),
+                    prepared=str(output / "prepared"),
+                    catalog=str(catalog) if arm_named(name).needs_catalog else None,
+                    source=config.source,
+                    model=replace(config.model, arm=name),
+                    batch_size=config.batch_size,
+                    evaluate_on=config.evaluate_on,
+                    seed=seed,
+                )
+                launch_training(
+                    run, config.processes, on_line=lambda line: bar.update(task, note=_note(line))
+                )
+                runs[name].append(json.loads((Path(run.output) / "metrics.json").read_text()))
+                bar.advance(task)
+    return runs
+
+
+def _note(line: str) -> str:
+    """The progress part of a log line of apps.train, or nothing."""
+    return line.rsplit(": ", 1)[-1] if "examples/s" in line else ""
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

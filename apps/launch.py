@@ -1,0 +1,92 @@
+"""Launch a training run under TorchX and follow it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from torchx.runner import get_runner
+from torchx.specs import AppState
+
+from apps.train import TrainConfig
+from torchrec_sid.errors import SidError
+
+_COMPONENT = str(Path(__file__).with_name("components.py")) + ":train"
+_POLL_SECONDS = 0.3
+
+
+def launch_training(
+    config: TrainConfig, processes: int, *, on_line: Callable[[str], None] | None = None
+) -> None:
+    """Run `apps.train` on ``processes`` local processes with the TorchX component, and wait.
+
+    Args:
+        config: of the run; also written to ``OUTPUT/run.yaml``.
+        processes: on this machine.
+        on_line: called with each new line that the processes print.
+
+    Raises:
+        SidError: a process failed, with the last error line that it printed and the log's place.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    options = output / "run.yaml"
+    options.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+    logs = output / "logs"
+    arguments = ["--nproc_per_node", str(processes), "--", "--config", str(options)]
+    with get_runner() as runner:
+        handle = runner.run_component(
+            _COMPONENT, arguments, scheduler="local_cwd", cfg={"log_dir": str(logs)}
+        )
+        folder = logs / "torchx" / handle.rsplit("/", 1)[-1]
+        lines = _Tail(folder)
+        while True:
+            status = runner.status(handle)
+            for line in lines.new():
+                if on_line is not None:
+                    on_line(line)
+            if status is None or status.is_terminal():
+                break
+            time.sleep(_POLL_SECONDS)
+    if status is None or status.state != AppState.SUCCEEDED:
+        raise SidError(
+            f"training of {config.model.arm!r}", lines.last_error(), f"The full log is in {folder}."
+        )
+
+
+class _Tail:
+    """Complete lines appended to the error streams of an app since the last look."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.read: dict[Path, int] = {}
+        self.lines: list[str] = []
+
+    def new(self) -> list[str]:
+        found: list[str] = []
+        for path in sorted(self.folder.glob("*/*/stderr.log")):
+            with path.open("rb") as file:
+                file.seek(self.read.get(path, 0))
+                data = file.read()
+            complete = data[: data.rfind(b"\n") + 1]
+            self.read[path] = self.read.get(path, 0) + len(complete)
+            found.extend(complete.decode(errors="replace").splitlines())
+        self.lines.extend(found)
+        return found
+
+    def last_error(self) -> str:
+        """The line that says why: the last one of an exception, or simply the last."""
+        errors = [line for line in self.lines if "Error: " in line and "ChildFailedError" not in line]
+        return (errors or self.lines or ["it printed nothing"])[-1].strip()
+
+
+def _plain(value: object) -> object:
+    """Tuples as lists, which YAML can say."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
