@@ -1,0 +1,109 @@
+r"""Discrete PCA in its general form: encoder, alphabet quantizer and decoder per stage.
+
+Stage l holds an encoder ``E_l [m, d]``, a bias ``b_l [m]``, an alphabet quantizer ``Q_l`` and a decoder
+``D_l``, stored by rows as ``[m, d]``::
+
+    r_0 = x - mu;   q_l = Q_l(E_l r_{l-1} + b_l);   r_l = r_{l-1} - D_l q_l;   x_hat = mu + sum_l D_l q_l
+
+"Discrete PCA" is named in "SIDE" (arXiv 2506.16698), whose equations are not public: the definition is
+ours. It contains residual quantization, product quantization, FSQ and PCA; :func:`codebook_stage`,
+:func:`product_stage`, :func:`tied_stage` and :func:`pca_stage` build them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrec_sid.quantizers.alphabet import AlphabetQuantizer, Identity, OneHot, RoundDigits
+
+
+class Stage(NamedTuple):
+    """One stage of the general form."""
+
+    encoder: Tensor
+    """E, ``[m, d]``."""
+    bias: Tensor
+    """b, ``[m]``."""
+    decoder: Tensor
+    """D by rows, ``[m, d]``."""
+    quantize: AlphabetQuantizer
+    """Q."""
+
+
+class StagesOutput(NamedTuple):
+    """What :func:`run_stages` returns."""
+
+    digits: tuple[Tensor, ...]
+    """q_l per stage, ``[N, m_l]`` float32."""
+    reconstruction: Tensor
+    """``[N, d]``."""
+    errors: Tensor
+    """``[N, stages + 1]``: squared norm of r_0 (no stage), r_1, ..."""
+
+
+def run_stages(x: Tensor, mean: Tensor, stages: Sequence[Stage]) -> StagesOutput:
+    """Encode and decode ``x: [N, d]`` through any stages, exactly as the definition reads.
+
+    Example:
+        >>> v = torch.eye(2)
+        >>> out = run_stages(torch.tensor([[3.0, 0.1]]), torch.zeros(2), [tied_stage(v, torch.ones(2))])
+        >>> out.digits[0].tolist(), out.reconstruction.tolist()
+        ([[1.0, 0.0]], [[1.0, 0.0]])
+    """
+    residual = x - mean
+    digits, errors = [], [residual.square().sum(1)]
+    for stage in stages:
+        q = stage.quantize(residual @ stage.encoder.T + stage.bias)
+        residual = residual - q @ stage.decoder
+        digits.append(q)
+        errors.append(residual.square().sum(1))
+    return StagesOutput(tuple(digits), x - residual, torch.stack(errors, dim=1))
+
+
+def tied_stage(directions: Tensor, scales: Tensor, alphabet: int = 3) -> Stage:
+    """The tied form: ``D = V diag(s)``, ``E = diag(1/s) V^T``, no bias.
+
+    Rounding is then the exact minimiser and 0 is always a choice, so no sample's error grows. One
+    such stage with a bounding function in front is FSQ (arXiv 2309.15505).
+
+    Args:
+        directions: V^T, ``[m, d]`` orthonormal rows.
+        scales: s, ``[m]``; a digit of scale 0 is always 0.
+        alphabet: odd number of levels.
+    """
+    inverse = torch.where(scales > 0, 1 / scales.clamp(min=torch.finfo(scales.dtype).tiny), 0.0)
+    return Stage(
+        encoder=directions * inverse[:, None],
+        bias=torch.zeros_like(scales),
+        decoder=directions * scales[:, None],
+        quantize=RoundDigits(alphabet),
+    )
+
+
+def codebook_stage(codebook: Tensor) -> Stage:
+    """Residual quantization: the nearest of the codewords ``[K, d]``, as a stage."""
+    return product_stage([codebook])
+
+
+def product_stage(codebooks: Sequence[Tensor]) -> Stage:
+    """Product quantization: a block-diagonal decoder, one one-hot block per part of the vector.
+
+    Args:
+        codebooks: per part of the vector, ``[K_p, d_p]``; a single part is residual quantization.
+    """
+    decoder = torch.block_diag(*codebooks)
+    return Stage(
+        encoder=decoder,
+        bias=-decoder.square().sum(1) / 2,
+        decoder=decoder,
+        quantize=OneHot(tuple(len(c) for c in codebooks)),
+    )
+
+
+def pca_stage(directions: Tensor) -> Stage:
+    """PCA: orthonormal directions ``[m, d]`` and no rounding."""
+    return Stage(directions, directions.new_zeros(len(directions)), directions, Identity())
