@@ -1,0 +1,284 @@
+"""k-means in plain torch: exact Lloyd iterations by matrix products, in chunks, in growing dimension.
+
+Three things make one start enough:
+
+* The points are rotated onto their principal axes and clustered in the leading axes first, the
+  dimension doubling with warm centroids until it is full (the idea of faiss's ProgressiveDimClustering).
+  In few dimensions k-means finds good partitions; in hundreds, seeding picks outliers.
+* After each dimension, clusters that cost little to dissolve are moved to where a split gains more
+  (:func:`relocate`). Empty clusters cost nothing, so this repairs them too.
+* Centroids of few points are pulled to the origin as far as their own noise warrants
+  (:meth:`ClusterSums.centroids`), which lowers the error of points that were not in the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import pi, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHUNK = 4096  # rows at a time: the [rows, K] scores stay within the cache
+_FIRST_DIM = 16
+_SEED_ROWS_PER_CODE = 32
+_RELOCATIONS = 8  # rounds at most while codes are free; one otherwise
+
+
+class Assignment(NamedTuple):
+    """The nearest centroid of each point."""
+
+    codes: Tensor
+    """``[n]`` int64."""
+    score: Tensor
+    """``[n]`` float32: ``s = c . x - |c|^2 / 2`` of it; the squared distance is ``|x|^2 - 2 s``."""
+
+
+def assign(x: Tensor, centroids: Tensor, used: Tensor | None = None) -> Assignment:
+    """Nearest centroid of each row, the lowest index on a tie.
+
+    Args:
+        x: ``[n, d]`` float32.
+        centroids: ``[K, d]`` float32.
+        used: ``[K]`` bool; centroids that are False are never chosen. All are, by default.
+    """
+    bias = -0.5 * centroids.square().sum(1)
+    if used is not None:
+        bias = bias.masked_fill(~used, -torch.inf)
+    codes = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    score = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    transposed = centroids.T
+    for begin in range(0, len(x), _CHUNK):
+        rows = slice(begin, begin + _CHUNK)
+        torch.max(torch.addmm(bias, x[rows], transposed), dim=1, out=(score[rows], codes[rows]))
+    return Assignment(codes, score)
+
+
+def sum_by_code(values: Tensor, codes: Tensor, k: int) -> Tensor:
+    """Sums of the rows of ``values`` ``[n, d]`` that share a code: ``[K, d]``, deterministic."""
+    if values.device.type == "cpu":
+        return values.new_zeros(k, values.shape[1]).index_add_(0, codes, values)
+    # index_add_ adds in any order on an accelerator; a matrix product does not.
+    total = values.new_zeros(k, values.shape[1])
+    for v, c in zip(values.split(_CHUNK), codes.split(_CHUNK), strict=True):
+        total += torch.nn.functional.one_hot(c, k).to(values.dtype).T @ v
+    return total
+
+
+@dataclass
+class ClusterSums:
+    """What a Lloyd step needs to know of the points of each cluster; adds up over batches."""
+
+    count: Tensor
+    """``[K]`` float64."""
+    total: Tensor
+    """``[K, d]`` float64, the sum of each cluster's points."""
+    energy: float
+    """Sum of ``|x|^2`` over all points."""
+
+    @classmethod
+    def empty(cls, k: int, dim: int, device: torch.device) -> ClusterSums:
+        """No points yet."""
+        zeros = torch.zeros(k, dim, dtype=torch.float64, device=device)
+        return cls(zeros[:, 0].clone(), zeros, 0.0)
+
+    def add(self, x: Tensor, codes: Tensor) -> None:
+        """Count points ``[n, d]`` with their codes ``[n]``."""
+        self.count += torch.bincount(codes, minlength=len(self.count))
+        self.total += sum_by_code(x, codes, len(self.count))
+        self.energy += float(x.square().sum(dtype=torch.float64))
+
+    def means(self) -> Tensor:
+        """``[K, d]`` float64; empty clusters are at the origin."""
+        return self.total / self.count.clamp(min=1).unsqueeze(1)
+
+    def centroids(self, shrinkage: float = 0.0) -> Tensor:
+        """Means times ``n_k / (n_k + shrinkage * s^2 / t^2)``, so pulled to the origin: ``[K, d]`` float32.
+
+        With ``shrinkage`` 1 this is the empirical-Bayes estimate of a centroid under a Gaussian prior
+        around the origin: ``s^2`` is the variance within clusters (SSE over N - K), ``t^2`` the variance
+        of the centroids beyond what noise of size ``s^2 / n_k`` explains. Ours.
+        """
+        means = self.means()
+        if shrinkage == 0:
+            return means.float()
+        rows, between = float(self.count.sum()), float((means.square().sum(1) * self.count).sum())
+        clusters = int((self.count > 0).sum())
+        within = max(self.energy - between, 0.0) / max(rows - clusters, 1)
+        # At least a tenth of the apparent signal is believed, so that a level is never all zeros.
+        signal = max(between - clusters * within, 0.1 * between) / max(rows, 1)
+        if signal == 0:
+            return means.float()
+        factor = self.count / (self.count + shrinkage * within / signal)
+        return (means * factor.unsqueeze(1)).float()
+
+
+def cluster_sums(x: Tensor, codes: Tensor, k: int) -> ClusterSums:
+    """The sums of one batch."""
+    sums = ClusterSums.empty(k, x.shape[1], x.device)
+    sums.add(x, codes)
+    return sums
+
+
+def plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007): ``[K', d]`` different rows of ``x``, ``K' <= k``."""
+    square = x.square().sum(1)
+    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
+    # Distances below rounding are zero: duplicates of a seed must not be chosen again.
+    floor = 1e-6 * float(square.max())
+    distance = (x - x[chosen[0]]).square().sum(1)
+    for _ in range(k - 1):
+        distance[distance <= floor] = 0
+        reach = distance.cpu().cumsum(0, dtype=torch.float64)
+        if float(reach[-1]) <= 0:
+            break
+        point = torch.rand(1, generator=generator, dtype=torch.float64) * reach[-1]
+        index = min(int(torch.searchsorted(reach, point, right=True)), len(x) - 1)
+        chosen.append(index)
+        new = torch.addmv(square + square[index], x, x[index], alpha=-2)
+        torch.minimum(distance, new, out=distance)
+    return x[torch.tensor(chosen, device=x.device)].clone()
+
+
+def lloyd(x: Tensor, centroids: Tensor, iterations: int, tolerance: float) -> Tensor:
+    """Lloyd iterations until the error falls by less than the fraction ``tolerance``: ``[K, d]``."""
+    energy = float(x.square().sum(dtype=torch.float64))
+    last = torch.inf
+    for _ in range(iterations):
+        codes, score = assign(x, centroids)
+        error = energy - 2 * float(score.sum(dtype=torch.float64))
+        count = torch.bincount(codes, minlength=len(centroids)).unsqueeze(1)
+        means = sum_by_code(x, codes, len(centroids)) / count.clamp(min=1)
+        centroids = torch.where(count > 0, means, centroids)
+        if error >= (1 - tolerance) * last:
+            break
+        last = error
+    return centroids
+
+
+class Relocation(NamedTuple):
+    """What :func:`relocate` returns."""
+
+    centroids: Tensor
+    """``[K', d]``, none of them empty; ``K' <= k``."""
+    moved: int
+    """How many clusters were dissolved, or were free, and are elsewhere now."""
+
+
+def relocate(x: Tensor, centroids: Tensor, k: int) -> Relocation:
+    """Move clusters that cost little to dissolve to clusters that gain more by a split.
+
+    Dissolving cluster i into its neighbour j costs ``n_i n_j / (n_i + n_j) |c_i - c_j|^2`` (Ward 1963);
+    an empty one costs nothing. Splitting one along the axis of its largest variance gains about
+    ``2 / pi`` of the error on that axis (exact for a Gaussian), so the axes should be principal ones.
+    No cluster takes part twice.
+
+    Args:
+        x: ``[n, d]`` float32.
+        centroids: ``[K', d]`` float32, ``K' <= k``.
+        k: clusters wanted; the missing ``k - K'`` are placed by splits too.
+    """
+    codes, _ = assign(x, centroids)
+    count = torch.bincount(codes, minlength=k).to(x.dtype)
+    means = sum_by_code(x, codes, k) / count.clamp(min=1).unsqueeze(1)
+    error = sum_by_code((x - means[codes]).square_(), codes, k)
+    # Below this the spread of a cluster of equal points is rounding.
+    error[error <= 1e-8 * float(x.square().sum()) / len(x) * count.unsqueeze(1)] = 0
+    gain, axis = error.max(1)
+    distance = torch.cdist(means, means).square_().fill_diagonal_(torch.inf)
+    distance[:, count == 0] = torch.inf
+    pair = count.unsqueeze(1) * count / (count.unsqueeze(1) + count).clamp(min=1)
+    cost, near = (distance * pair).min(1)
+    cost[count == 0] = 0
+    moves = _pair_moves((gain * (2 / pi)).tolist(), cost.tolist(), near.tolist(), (count == 0).tolist())
+    for source, split in moves:
+        step = sqrt(2 / pi * float(gain[split]) / float(count[split]))
+        means[source] = means[split]
+        means[source, axis[split]] += step
+        means[split, axis[split]] -= step
+        count[source] = 1
+    return Relocation(means[count > 0], len(moves))
+
+
+def _pair_moves(
+    gain: list[float], cost: list[float], near: list[int], empty: list[bool]
+) -> list[tuple[int, int]]:
+    """Cheapest clusters against dearest ones, while the split gains more than the merger costs."""
+    splits = sorted(range(len(gain)), key=lambda i: -gain[i])
+    busy: set[int] = set()
+    moves = []
+    at = 0
+    for source in sorted(range(len(cost)), key=lambda i: cost[i]):
+        if source in busy or (not empty[source] and near[source] in busy):
+            continue
+        while at < len(splits) and splits[at] in busy:
+            at += 1
+        if at == len(splits) or splits[at] == source or gain[splits[at]] <= cost[source]:
+            break
+        split = splits[at]
+        if not empty[source] and near[source] == split:
+            continue
+        moves.append((source, split))
+        busy.update((source, split) if empty[source] else (source, split, near[source]))
+    return moves
+
+
+def _growing_dims(full: int) -> Iterator[int]:
+    dim = min(_FIRST_DIM, full)
+    while dim < full:
+        yield dim
+        dim *= 2
+    yield full
+
+
+def fit_centroids(
+    x: Tensor, k: int, *, iterations: int, tolerance: float, generator: torch.Generator
+) -> Tensor:
+    """Cluster points into ``k``: the module's recipe from seeding to the last Lloyd iteration.
+
+    Args:
+        x: ``[n, d]`` float32 in random order; a prefix of it serves as a sample.
+        k: number of centroids.
+        iterations: Lloyd iterations in the full dimension; half as many in each lower one.
+        tolerance: stop a run of iterations whose error falls by less than this fraction.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        ``[K', d]`` float32; ``K' < k`` where there are fewer different rows than ``k``.
+    """
+    axes = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)
+    # The lower dimensions only prepare the last one, and half the points prepare it as well.
+    rotated = x @ axes
+    sample = rotated[: max(len(x) // 2, min(len(x), 64 * k))]
+    few, settled = max(1, iterations // 2), False
+    centroids = None
+    for dim in _growing_dims(x.shape[1]):
+        last = dim == x.shape[1]
+        points = rotated if last else sample[:, :dim].contiguous()
+        if centroids is None:
+            centroids = plus_plus(points[: _SEED_ROWS_PER_CODE * k], k, generator)
+        else:
+            centroids = _extend(points, centroids)
+        centroids = lloyd(points, centroids, iterations if last else few, tolerance)
+        # Once no cluster wants to move, only free ones are looked after.
+        for _ in range(_RELOCATIONS):
+            if settled and len(centroids) == k:
+                break
+            centroids, moved = relocate(points, centroids, k)
+            settled = moved == 0
+            if settled:
+                break
+            centroids = lloyd(points, centroids, few, tolerance)
+            if len(centroids) == k:
+                break
+    assert centroids is not None
+    return centroids @ axes.T
+
+
+def _extend(points: Tensor, centroids: Tensor) -> Tensor:
+    """Centroids found in fewer dimensions, as the means of their clusters in all of ``points``'s."""
+    codes, _ = assign(points[:, : centroids.shape[1]].contiguous(), centroids)
+    count = torch.bincount(codes, minlength=len(centroids)).unsqueeze(1)
+    return (sum_by_code(points, codes, len(centroids)) / count.clamp(min=1))[count.squeeze(1) > 0]
