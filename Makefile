@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lint test clean
+.PHONY: setup demo lint test clean
 
 setup: $(STAMP)
 
@@ -13,6 +13,12 @@ $(STAMP): requirements-cpu.txt pyproject.toml packaging/fbgemm-gpu-cpu-shim/pypr
 	$(PY) -m pip install --quiet -r requirements-cpu.txt
 	$(PY) -m pip check
 	touch $(STAMP)
+
+# DATA: folder of a log (docs/data.md); without it a synthetic log is made. SEEDS: trainings per arm.
+OUT ?= out/$(if $(DATA),$(notdir $(DATA:/=)),synthetic)
+SEEDS ?= 1
+demo: $(STAMP)
+	$(PY) -m apps.compare --output $(OUT) --seeds $(SEEDS) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff format --check .

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from apps.cli import parse_config
 from apps.launch import launch_training
 from apps.report import markdown_table, summarise_arm, terminal_table, write_report
-from apps.train import TrainConfig
+from apps.session import TrainConfig
 from torchrec_sid.artifact import write_json
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepare import PrepareConfig, prepare

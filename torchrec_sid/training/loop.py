@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.types import ShardedModule
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_sid.data.batch import RankingBatch
@@ -84,8 +85,10 @@ class TrainingLoop:
         self.metadata = dict(metadata or {})
         self.position = Position()
         self._saved = 0
-        # Transforms from SIDs to rows run a batch ahead only with pipeline_postproc.
-        self.pipeline = TrainPipelineSparseDist(model, optimizer, device, pipeline_postproc=True)
+        self.pipeline: TrainPipelineSparseDist | None = None
+        if any(isinstance(module, ShardedModule) for module in model.modules()):
+            # Transforms from SIDs to rows run a batch ahead only with pipeline_postproc.
+            self.pipeline = TrainPipelineSparseDist(model, optimizer, device, pipeline_postproc=True)
 
     def resume(self) -> Position:
         """Continue from the newest checkpoint, if there is one; call it before :meth:`train`.
@@ -186,9 +189,11 @@ class TrainingLoop:
 
     def _progress(self, batches: Iterable[RankingBatch]) -> Iterator[RankingOutput]:
         iterator = iter(batches)
+        # A model without tables has nothing to distribute ahead; its pipeline serves one iterator.
+        pipeline = self.pipeline or TrainPipelineBase(self.model, self.optimizer, self.device)
         while True:
             try:
-                output = self.pipeline.progress(iterator)
+                output = pipeline.progress(iterator)
             except StopIteration:
                 return
             yield output

@@ -1,0 +1,87 @@
+"""Evaluate a trained run on any split: `python -m apps.evaluate --run RUN_DIRECTORY --split valid`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from apps.cli import parse_config
+from apps.session import TrainConfig, open_session, start_processes
+from torchrec_sid.artifact import write_json
+from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.models.build import RankingConfig
+from torchrec_sid.parallel.optimizer import TableOptimizer
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One evaluation."""
+
+    run: str
+    """Run directory of apps.train."""
+    split: str = "test"
+    """valid or test."""
+
+
+@record
+def main() -> None:
+    """Entry point of each process; the number of processes need not be that of the training."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    config = parse_config(EvaluateConfig, __doc__)
+    device = start_processes()
+    try:
+        report = evaluate(config, device)
+        if dist.get_rank() == 0:
+            print(json.dumps(report, indent=2))
+    finally:
+        dist.destroy_process_group()
+
+
+def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
+    """Load the newest checkpoint of a run and evaluate it; also written to ``RUN/metrics-SPLIT.json``.
+
+    Raises:
+        SidError: no run, no checkpoint, or data or catalog that are not those of the training.
+    """
+    run = Path(config.run)
+    session = open_session(_read_config(run), device)
+    try:
+        position = session.loop.resume()
+        if not position.step:
+            raise SidError(str(run), "no checkpoint", "Train it first with apps.train.")
+        slices = session.evaluate(config.split)
+    finally:
+        session.close()
+    report = {
+        "split": config.split,
+        "step": position.step,
+        "slices": {name: asdict(metrics) for name, metrics in slices.items()},
+    }
+    if session.ranks.rank == 0:
+        write_json(run / f"metrics-{config.split}.json", report)
+    return report
+
+
+def _read_config(run: Path) -> TrainConfig:
+    """The run's configuration; its plan is for the processes of the training, so another is made."""
+    try:
+        saved = json.loads((run / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ArtifactError(
+            str(run), f"no readable config.json ({error})", "Pass a run directory."
+        ) from error
+    model = {key: tuple(v) if isinstance(v, list) else v for key, v in saved["model"].items()}
+    tables = saved["tables"] | {"betas": tuple(saved["tables"]["betas"])}
+    saved |= {"model": RankingConfig(**model), "tables": TableOptimizer(**tables), "plan": None}
+    return TrainConfig(**saved)
+
+
+if __name__ == "__main__":
+    main()

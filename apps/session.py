@@ -1,0 +1,207 @@
+"""A training session: everything between a `TrainConfig` and a loop that is ready to run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.reader import BatchReader
+from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.errors import SidError
+from torchrec_sid.metrics import SliceMetrics
+from torchrec_sid.models.arms import arm_named
+from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
+from torchrec_sid.parallel.checkpoint import CheckpointManager
+from torchrec_sid.parallel.optimizer import TableOptimizer
+from torchrec_sid.parallel.plan_file import load_plan
+from torchrec_sid.parallel.planner_config import PlannerConfig
+from torchrec_sid.parallel.planner_file import load_planner_config
+from torchrec_sid.parallel.ranks import Ranks
+from torchrec_sid.parallel.sharding import ShardedModel, shard_model
+from torchrec_sid.training.loop import TrainingLoop
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str
+    """Folder of the log, in the format of docs/data.md."""
+    output: str
+    """Run directory: configuration, plan, metrics, checkpoints, TensorBoard."""
+    prepared: str | None = None
+    """Folder of the prepared log, made there if it is not up to date; default: OUTPUT/prepared."""
+    catalog: str | None = None
+    """SidCatalog, for arms over SIDs."""
+    source: str | None = None
+    """Embedding source of the arms over content; default: the log's own default."""
+    model: RankingConfig = field(default_factory=RankingConfig)
+    """Backbone and arm."""
+    tables: TableOptimizer = field(default_factory=lambda: TableOptimizer("adagrad", lr=0.05))
+    """Optimizer of the embedding tables."""
+    dense_lr: float = 2e-3
+    """Learning rate of Adam on everything else."""
+    batch_size: int = 512
+    """Rows per step over all processes."""
+    epochs: int = 1
+    """Passes over the training events."""
+    max_steps: int | None = None
+    """Stop after this many steps."""
+    evaluate_on: str = "test"
+    """Split of the final metrics: valid or test."""
+    seed: int = 0
+    """Of the weights."""
+    workers: int = 0
+    """Processes per rank that read batches ahead."""
+    plan: str | None = None
+    """Sharding plan (JSON) to follow; default: make one."""
+    planner: str | None = None
+    """Planner configuration (YAML or TOML) to make one with."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    asynchronous_checkpoints: bool = False
+    """Write checkpoints in the background."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A sharded model, its data and its checkpoints. Every rank opens one."""
+
+    config: TrainConfig
+    ranks: Ranks
+    log: PreparedLog
+    ranking: Ranking
+    sharded: ShardedModel
+    loop: TrainingLoop
+    identity: dict[str, str]
+    """Fingerprints of what the weights depend on."""
+    trained_parameters: int
+    """Elements of all parameters, tables included."""
+    item_sids: Tensor | None
+    """``[N]`` int64 packed SID of each item, for arms over SIDs."""
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of all embedding tables."""
+        return sum(table.rows for table in self.sharded.tables.values())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per step of this process."""
+        return self.config.batch_size // self.ranks.size
+
+    def read(self, split: str, epoch: int = 0, start_batch: int = 0) -> BatchReader:
+        """This rank's batches of a split."""
+        return BatchReader(
+            self.log,
+            split,
+            self.ranking.batch_config(self.batch_size, self.config.model.history_length),
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            epoch=epoch,
+            seed=self.config.seed,
+            start_batch=start_batch,
+            item_sids=self.item_sids,
+            workers=self.config.workers,
+        )
+
+    def evaluate(self, split: str) -> dict[str, SliceMetrics]:
+        """Metrics by slice of a split, the same on every rank."""
+        return self.loop.evaluate(self.read(split), self.batch_size, self.ranks.size)
+
+    def close(self) -> None:
+        """Wait for checkpoints in flight."""
+        if self.loop.checkpoints is not None:
+            self.loop.checkpoints.close()
+
+
+def start_processes() -> torch.device:
+    """Join the process group that torch.distributed.run describes, or make one of this process alone."""
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", rank=rank, world_size=world)
+    return device
+
+
+def open_session(config: TrainConfig, device: torch.device) -> Session:
+    """Open data and catalog, build and shard the model; a collective call.
+
+    Raises:
+        SidError: anything wrong with the configuration or its inputs.
+    """
+    ranks = Ranks.open()
+    if config.batch_size % ranks.size:
+        raise SidError(
+            "batch_size", f"{config.batch_size} over {ranks.size} processes", "Choose a multiple of them."
+        )
+    log = _open_log(config, ranks)
+    catalog = _open_catalog(config)
+    torch.manual_seed(config.seed)
+    ranking = build_ranking(
+        config.model,
+        log,
+        spec=catalog.spec if catalog else None,
+        content=_content(config),
+        device=device,
+    )
+    parameters = sum(p.numel() for p in ranking.module.parameters())
+    planner = load_planner_config(config.planner) if config.planner else PlannerConfig()
+    sharded = shard_model(
+        ranking.module,
+        load_plan(config.plan) if config.plan else planner,
+        device=device,
+        table_optimizer=config.tables,
+        seed=config.seed,
+    )
+    identity = {"log": log.fingerprint, "seed": str(config.seed)}
+    if catalog is not None:
+        identity["catalog"] = catalog.fingerprint
+    loop = TrainingLoop(
+        sharded.model,
+        sharded.make_optimizer(lambda p: torch.optim.Adam(p, lr=config.dense_lr)),
+        device,
+        checkpoints=CheckpointManager(
+            Path(config.output) / "checkpoints",
+            asynchronous=config.asynchronous_checkpoints,
+            identity=identity,
+        ),
+        checkpoint_every=config.checkpoint_every,
+        metadata={"config": asdict(config), "world_size": ranks.size},
+    )
+    sids = None if catalog is None else catalog.lookup(torch.from_numpy(log.item_ids[:]))
+    return Session(config, ranks, log, ranking, sharded, loop, identity, parameters, sids)
+
+
+def _open_log(config: TrainConfig, ranks: Ranks) -> PreparedLog:
+    out = Path(config.prepared or Path(config.output) / "prepared")
+    ranks.first(lambda: prepare(config.data, out, PrepareConfig()).fingerprint, where=config.data)
+    return PreparedLog.open(out)
+
+
+def _open_catalog(config: TrainConfig) -> SidCatalog | None:
+    if not arm_named(config.model.arm).needs_catalog:
+        return None
+    if config.catalog is None:
+        raise SidError("catalog", f"missing, but arm {config.model.arm!r} reads SIDs", "Pass --catalog.")
+    return SidCatalog.open(config.catalog)
+
+
+def _content(config: TrainConfig) -> Tensor | None:
+    if not arm_named(config.model.arm).needs_content:
+        return None
+    matrix = LogFolder.open(config.data).embedding_matrix(config.source)
+    return torch.from_numpy(matrix[:])
