@@ -48,8 +48,9 @@ class TiedStage(NamedTuple):
 class ResidualSource(Protocol):
     """Where a stage reads the residuals of the stages before it."""
 
-    sample: Tensor
-    """``[S, d]`` residuals in memory, for the starts of the scales."""
+    @property
+    def sample(self) -> Tensor:
+        """``[S, d]`` residuals in memory, for the starts of the scales."""
 
     def batches(self) -> Iterator[Tensor]:
         """One pass over residuals ``[n, d]``."""
@@ -62,21 +63,26 @@ class SampledResiduals:
     """Residuals of a bounded sample, kept in memory: a pass costs no reading.
 
     Args:
-        sample: ``[S, d]`` centred rows (and residuals of codebook stages, where there are some).
+        sample: ``[S, d]`` first residuals; overwritten by :meth:`advance`.
         batch_size: rows per batch.
     """
 
     def __init__(self, sample: Tensor, batch_size: int = 8192) -> None:
-        self.sample = sample
+        self._sample = sample
         self._batch_size = batch_size
+
+    @property
+    def sample(self) -> Tensor:
+        """All of them."""
+        return self._sample
 
     def batches(self) -> Iterator[Tensor]:
         """The sample, in pieces that stay in the cache."""
-        yield from self.sample.split(self._batch_size)
+        yield from self._sample.split(self._batch_size)
 
     def advance(self, stage: TiedStage) -> None:
         """Replace the sample by its next residual."""
-        for piece in self.sample.split(self._batch_size):
+        for piece in self._sample.split(self._batch_size):
             piece.copy_(stage.subtract(piece))
 
 

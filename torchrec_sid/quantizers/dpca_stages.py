@@ -84,9 +84,12 @@ def tied_stage(directions: Tensor, scales: Tensor, alphabet: int = 3) -> Stage:
     )
 
 
-def codebook_stage(codebook: Tensor) -> Stage:
-    """Residual quantization: the nearest of the codewords ``[K, d]``, as a stage."""
-    return product_stage([codebook])
+def codebook_stage(codebook: Tensor, used: Tensor | None = None) -> Stage:
+    """Residual quantization: the nearest of the codewords ``[K, d]`` that are ``used`` (``[K]`` bool)."""
+    stage = product_stage([codebook])
+    if used is None:
+        return stage
+    return stage._replace(bias=stage.bias.masked_fill(~used, -torch.inf))
 
 
 def product_stage(codebooks: Sequence[Tensor]) -> Stage:
