@@ -50,8 +50,8 @@ def test_bags_equal_dictionaries_forward_and_gradient(data):
     count = sum(len(bag) for feature in features.values() for bag in feature)
     item_weights = [0.5 + i % 3 for i in range(count)] if weighted else None
     spec = SidSpec(sizes)
-    # TorchRec's EmbeddingBag has no weighted mean.
-    pooling = PoolingType.MEAN if mean and not weighted else PoolingType.SUM
+
+    pooling = PoolingType.MEAN if mean else PoolingType.SUM
     ebc = SidEmbeddingBagCollection(
         tables=[
             SidEmbeddingBagConfig(
@@ -77,10 +77,10 @@ def test_bags_equal_dictionaries_forward_and_gradient(data):
     for f, feature_bags in enumerate(features.values()):
         block = slice(f * DIM, (f + 1) * DIM)
         for b, bag in enumerate(feature_bags):
-            for item in bag:
-                scale = item_weights[position] if weighted else 1.0
-                scale /= len(bag) if pooling is PoolingType.MEAN else 1
-                position += 1
+            scales = item_weights[position : position + len(bag)] if weighted else [1.0] * len(bag)
+            position += len(bag)
+            divisor = sum(scales) if mean else 1.0
+            for item, scale in zip(bag, (s / divisor for s in scales), strict=True):
                 for t, reference in enumerate(rows_of):
                     for row in reference.of(item):
                         expected[b, block] += scale * tables[t][row].detach()

@@ -78,7 +78,7 @@ class SidEmbeddingBagCollection(nn.Module):
         maps = make_catalog_maps(layout, catalogs, device)
         self.transform = SidTransform(layout.routes, layout.specs, maps, is_weighted)
         self.ebc = EmbeddingBagCollection(layout.tables, is_weighted=is_weighted, device=device)
-        self.combine = None if layout.direct else CombineBags(layout.outputs)
+        self.combine = None if layout.direct else CombineBags(layout.outputs, is_weighted)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT of SIDs and ids -> KeyedTensor ``[B, sum of D]``, keys as the stock collection names them."""
@@ -86,7 +86,7 @@ class SidEmbeddingBagCollection(nn.Module):
             features = self.adapter(features)
         pooled = self.ebc(self.transform(features))
         if self.combine is not None:
-            pooled = self.combine(pooled)
+            pooled = self.combine(pooled, features)
         return pooled
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:

@@ -39,10 +39,13 @@ def run_ranks(
                 process.join(10)
                 if process.is_alive():
                     process.kill()
-    for rank in range(world_size):
-        assert rank in outcomes, f"rank {rank} ended without a result"
-        failed, value = outcomes[rank]
-        assert not failed, f"rank {rank}:\n{value}"
+    for rank, (failed, value) in sorted(outcomes.items()):
+        if failed:
+            raise AssertionError(f"rank {rank}:\n{value}")
+    if len(outcomes) < world_size:
+        raise AssertionError(
+            f"ranks {sorted(set(range(world_size)) - set(outcomes))} ended without a result"
+        )
     return [outcomes[rank][1] for rank in range(world_size)]
 
 

@@ -6,39 +6,57 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_sid.tables.layout import Output
 
 
 class CombineBags(nn.Module):
-    """KeyedTensor of physical tables -> KeyedTensor of features: sums within, then sum or concat."""
+    """KeyedTensor of physical tables -> KeyedTensor of features: sums within, then sum or concat.
 
-    def __init__(self, outputs: Sequence[Output]) -> None:
+    Means are taken here, over items and not over rows. TorchRec's own mean would divide by the rows of a
+    bag, and under grid sharding it does not divide at all.
+    """
+
+    def __init__(self, outputs: Sequence[Output], is_weighted: bool) -> None:
         super().__init__()
+        self._weighted = is_weighted
         self._names: list[str] = [out.name for out in outputs]
         self._dims: list[int] = [out.dim for out in outputs]
-        self._parts: list[list[list[str]]] = []
-        self._scales: list[list[list[float]]] = []
-        for out in outputs:
-            groups = _groups(out)
-            self._parts.append([[part.key for part in group] for group in groups])
-            # TorchRec's mean divides by the rows of a bag; the mean over items needs P times that.
-            self._scales.append(
-                [[float(part.per_item) if out.mean else 1.0 for part in group] for group in groups]
-            )
+        self._mean_over: list[str] = [out.feature if out.mean else "" for out in outputs]
+        self._parts: list[list[list[str]]] = [
+            [[part.key for part in group] for group in _groups(out)] for out in outputs
+        ]
 
-    def forward(self, pooled: KeyedTensor) -> KeyedTensor:
-        """``[B, sum of physical dims]`` -> ``[B, sum of output dims]``."""
+    def forward(self, pooled: KeyedTensor, features: KeyedJaggedTensor) -> KeyedTensor:
+        """``[B, sum of physical dims]`` -> ``[B, sum of output dims]``; means need the batch."""
         by_key = pooled.to_dict()
         values: list[Tensor] = []
-        for groups, scales in zip(self._parts, self._scales):  # noqa: B905  (TorchScript has no strict=)
-            for keys, factors in zip(groups, scales):  # noqa: B905
-                total = _scaled(by_key[keys[0]], factors[0])
-                for i in range(1, len(keys)):
-                    total = total + _scaled(by_key[keys[i]], factors[i])
-                values.append(total)
+        for i, groups in enumerate(self._parts):
+            vectors: list[Tensor] = []
+            for keys in groups:
+                total = by_key[keys[0]]
+                for j in range(1, len(keys)):
+                    total = total + by_key[keys[j]]
+                vectors.append(total)
+            vector = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
+            if self._mean_over[i] != "":
+                vector = vector / self._counts(features, self._mean_over[i]).to(vector.dtype)
+            values.append(vector)
         return KeyedTensor(keys=self._names, length_per_key=self._dims, values=torch.cat(values, dim=1))
+
+    def _counts(self, features: KeyedJaggedTensor, name: str) -> Tensor:
+        """``[B, 1]``: items of each bag, or the sum of their weights; 1 where the bag is empty."""
+        bags = features[name]
+        counts = bags.lengths()
+        if self._weighted:
+            counts = torch.segment_reduce(
+                bags.weights(), "sum", lengths=counts.to(torch.int64), unsafe=True, initial=0
+            )
+        inverse = features.inverse_indices_or_none()
+        if inverse is not None:
+            counts = counts[inverse[1][inverse[0].index(name)]]
+        return counts.masked_fill(counts == 0, 1).unsqueeze(1)
 
 
 class CombineEvents(nn.Module):
@@ -85,7 +103,3 @@ def _groups(out: Output) -> list[list]:  # type: ignore[type-arg]
         return [list(out.parts)]
     last = max(part.group for part in out.parts)
     return [[part for part in out.parts if part.group == g] for g in range(last + 1)]
-
-
-def _scaled(values: Tensor, factor: float) -> Tensor:
-    return values if factor == 1.0 else values * factor

@@ -80,7 +80,8 @@ class SidEmbeddingBagConfig(SidEmbeddingConfig):
     """What ``EmbeddingBagConfig`` is to ``EmbeddingBagCollection``, for features that carry SIDs.
 
     The rows of one item are summed, then ``pooling`` reduces the items of a bag: the mean of a bag is the
-    mean over its items. The other arguments are those of :class:`SidEmbeddingConfig`.
+    mean over its items, by weight where there are weights. The other arguments are those of
+    :class:`SidEmbeddingConfig`.
 
     Example:
         >>> table = SidEmbeddingBagConfig(

@@ -40,6 +40,7 @@ class Output:
     table: str
     dim: int
     mean: bool
+    """Whether the sum over a bag is still to be divided by its items."""
     concat: bool
     parts: tuple[Part, ...]
 
@@ -63,10 +64,7 @@ class Layout:
     def direct(self) -> bool:
         """Whether the stock collection's result is already the result."""
         return all(
-            len(out.parts) == 1
-            and out.parts[0].key == out.name
-            and (out.parts[0].per_item == 1 or not out.mean)
-            for out in self.outputs
+            len(out.parts) == 1 and out.parts[0].key == out.name and not out.mean for out in self.outputs
         )
 
 
@@ -142,7 +140,6 @@ def _place_sid_table(
             layout.routes.append(Route(feature, key, indexer))
             parts[feature].append(Part(key, len(slot.columns), group))
             keys.append(key)
-        options = {"pooling": pooling} if physical is EmbeddingBagConfig else {}
         layout.tables.append(
             physical(
                 name=name,
@@ -151,7 +148,6 @@ def _place_sid_table(
                 feature_names=keys,
                 data_type=table.data_type,
                 init_fn=table.init_fn,
-                **options,
             )
         )
         layout.pooling_factors[name] = float(len(slot.columns))
@@ -183,12 +179,11 @@ def _place_raw_table(
     layout.tables.append(inner)
     layout.public.append(replace(table, feature_names=features))
     layout.pooling_factors[table.name] = 1.0
-    mean = getattr(table, "pooling", PoolingType.SUM) is PoolingType.MEAN
     for feature, key in zip(features, keys, strict=True):
         layout.routes.append(Route(feature, key, PassThrough()))
         name = f"{feature}@{table.name}" if feature in shared else feature
         part = Part(key, 1, 0)
-        layout.outputs.append(Output(name, feature, table.name, table.embedding_dim, mean, False, (part,)))
+        layout.outputs.append(Output(name, feature, table.name, table.embedding_dim, False, False, (part,)))
 
 
 def _names(table: SidEmbeddingConfig, group: int, slots: Sequence[Slot]) -> list[tuple[str, Slot]]:
