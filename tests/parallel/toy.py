@@ -6,6 +6,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_sid.parallel.initialise import initialise_tables
+from torchrec_sid.parallel.tables import find_tables
+
 BAGS = ("bag_a", "bag_b")
 SEQUENCE = "sequence"
 
@@ -35,7 +38,9 @@ class Toy(nn.Module):
         self.dim = dim
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = self.ebc(features).values()
+        # By key: the order of the values follows the sharding.
+        bags = self.ebc(features)
+        pooled = torch.cat([bags[f"f_{name}"] for name in BAGS], dim=1)
         jagged = self.ec(features)["f_seq"]
         sequence = torch.segment_reduce(
             jagged.values() * self.scale, "sum", lengths=jagged.lengths().long(), unsafe=True, initial=0
@@ -62,3 +67,25 @@ def toy_batch(step: int, first: int, samples: int, rows: int = 40):
         lengths=torch.tensor([n for feature in lengths for n in feature]),
     )
     return torch.stack(dense), features, torch.stack(labels)
+
+
+def unsharded_losses(optimizer, samples: int, steps: int, dim: int = 8, seed: int = 3) -> list[float]:
+    """Losses of the same model on one process without TorchRec's sharding."""
+    torch.manual_seed(0)
+    model = Toy(dim=dim)
+    tables = find_tables(model)
+    initialise_tables(model, tables, seed)
+    weights = {table.weight_key for table in tables.values()}
+    named = dict(model.named_parameters())
+    sparse = optimizer.factory()([named[name] for name in named if name in weights])
+    dense = torch.optim.Adam([named[name] for name in named if name not in weights], lr=0.01)
+    losses = []
+    for step in range(steps):
+        sparse.zero_grad()
+        dense.zero_grad()
+        loss, _ = model(*toy_batch(step, 0, samples))
+        loss.backward()
+        sparse.step()
+        dense.step()
+        losses.append(loss.item())
+    return losses

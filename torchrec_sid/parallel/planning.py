@@ -85,6 +85,7 @@ def make_plan(
     config: PlannerConfig,
     *,
     feature_lengths: Mapping[str, float] | None = None,
+    replicas: int = 1,
 ) -> PlannedModel:
     """Plan the sharding of a model's tables.
 
@@ -98,24 +99,27 @@ def make_plan(
         feature_lengths: feature -> mean items per sample, measured in the data. Together with what the
             model's SID collections know (prefixes or pieces per item) they give the pooling factors of
             every table that the configuration gives none.
+        replicas: groups of ranks that hold the same tables (2D parallelism); the plan is for one group.
 
     Raises:
         SidError: a constraint that cannot be met, or tables that do not fit, with what to change.
     """
     ranks = Ranks.open()
-    config = replace(
-        config, topology=resolve_topology(config.topology, ranks.size if ranks.group else None)
-    )
+    running = None if ranks.group is None else ranks.size
+    config = replace(config, topology=resolve_topology(config.topology, running, replicas))
     factors = model_pooling_factors(model, feature_lengths)
     tables = find_tables(model)
     return ranks.first(lambda: _plan(model, config, tables, factors), where="sharding plan")
 
 
-def resolve_topology(config: TopologyConfig, running_world: int | None) -> TopologyConfig:
-    """The topology with its world filled in from the running process group, if there is one.
+def resolve_topology(
+    config: TopologyConfig, running_world: int | None, replicas: int = 1
+) -> TopologyConfig:
+    """The topology of one replica, its world filled in from the running process group if there is one.
 
     Raises:
-        SidError: no world size and no process group, or one that differs from the process group's.
+        SidError: no world size and no process group, one that differs from the process group's, or one
+            that is not a multiple of the replicas.
     """
     world = config.world_size or running_world
     if world is None:
@@ -126,12 +130,18 @@ def resolve_topology(config: TopologyConfig, running_world: int | None) -> Topol
             f"{world}, but {running_world} processes run",
             "Plan for the processes that run.",
         )
+    if world % replicas:
+        raise SidError(
+            "replicas", f"{replicas} over {world} processes", "Choose a divisor of the processes."
+        )
     local = config.local_world_size
     if local is None and running_world is not None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", running_world))
     if local is None:
         local = min(world, node_preset(config.node).gpus)
-    resolved = replace(config, world_size=world, local_world_size=local)
+    # The ranks of a group alternate with those of the others, on every node.
+    group_local = max(1, local // replicas)
+    resolved = replace(config, world_size=world // replicas, local_world_size=group_local)
     if config.device == "cpu" and config.ddr_gib is None:
         pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
         resolved = replace(resolved, ddr_gib=pages * page / _GIB / local)

@@ -16,6 +16,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.buffers import dense_buffer_names, move_buffers, synchronise_buffers
+from torchrec_sid.parallel.hybrid import shard_hybrid
 from torchrec_sid.parallel.initialise import initialise_tables
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import check_plan
@@ -71,6 +72,7 @@ def shard_model(
     seed: int,
     batch_size: int | None = None,
     feature_lengths: Mapping[str, float] | None = None,
+    replicas: int = 1,
 ) -> ShardedModel:
     """Shard the tables of a model and replicate the rest; a collective call.
 
@@ -88,6 +90,8 @@ def shard_model(
         seed: of the tables' weights.
         batch_size: samples per rank and step, for the planner; None takes the configuration's.
         feature_lengths: see :func:`~torchrec_sid.parallel.planning.make_plan`.
+        replicas: with more than 1, 2D parallelism: so many groups of ranks, each with all tables; see
+            :func:`~torchrec_sid.parallel.hybrid.shard_hybrid`. The plan is for one group.
 
     Raises:
         SidError: no process group, a plan that does not fit model, world or device, an optimizer that the
@@ -106,18 +110,21 @@ def shard_model(
     if isinstance(plan, PlannerConfig):
         topology = replace(plan.topology, device=device.type)
         plan = replace(plan, topology=topology, batch_size=batch_size or plan.batch_size)
-        planned = make_plan(model, plan, feature_lengths=feature_lengths)
+        planned = make_plan(model, plan, feature_lengths=feature_lengths, replicas=replicas)
         plan, summary, report = planned.plan, planned.summary, planned.report
     else:
-        check_plan(plan, model, ranks.size, device.type)
+        check_plan(plan, model, ranks.size // replicas, device.type)
     move_buffers(model, device)
-    sharded = DistributedModelParallel(
-        model,
-        env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
-        device=device,
-        plan=plan,
-        sharders=sid_sharders(),
-    )
+    if replicas > 1:
+        sharded = shard_hybrid(model, plan, device, replicas, sid_sharders())
+    else:
+        sharded = DistributedModelParallel(
+            model,
+            env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
+            device=device,
+            plan=plan,
+            sharders=sid_sharders(),
+        )
     initialise_tables(sharded, tables, seed)
     synchronise_buffers(sharded.module, buffers, ranks)
     return ShardedModel(sharded, plan, tables, table_optimizer, summary, report)

@@ -94,7 +94,8 @@ def local_shards(weight: Tensor | ShardedTensor) -> Iterator[LocalShard]:
             yield LocalShard(shard.tensor, row, column)
     elif isinstance(weight, DTensor):
         wrapper: Any = weight.to_local()
-        for tensor, (row, column) in zip(wrapper.local_shards(), wrapper.local_offsets(), strict=True):
+        # Without a shard here there is still one offset.
+        for tensor, (row, column) in zip(wrapper.local_shards(), wrapper.local_offsets(), strict=False):
             yield LocalShard(tensor, row, column)
     else:
         yield LocalShard(weight, 0, 0)
