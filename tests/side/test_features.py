@@ -5,8 +5,19 @@ from hypothesis import strategies as st
 
 from torchrec_sid import SidError, SidSpec
 from torchrec_sid.side import FrozenBasis, SideFeatures, SideFeaturesConfig, as_bytes
+from torchrec_sid.side.layout import event_columns
 
-SPECS = [(3,) * 7, (3,) * 25, (5, 3, 7, 3), (256, 256, 3, 3, 3), (16, 16, 16), (2048, 2048), (300, 3)]
+SPECS = [
+    (3,) * 7,
+    (3,) * 25,
+    (5, 3, 7, 3),
+    (256, 256, 3, 3, 3),
+    (16, 16, 16),
+    (2048, 2048),
+    (300, 3),
+    (32, 32, 32),
+    (2048,) * 8,
+]
 
 
 def random_codes(spec: SidSpec, n: int, seed: int = 0) -> torch.Tensor:
@@ -24,8 +35,9 @@ def random_basis(spec: SidSpec, dim: int = 12, seed: int = 1) -> FrozenBasis:
 def test_layout_expands_to_the_decoded_vector(cardinalities: tuple[int, ...]) -> None:
     spec = SidSpec(cardinalities)
     basis, codes = random_basis(spec), random_codes(spec, 50)
-    layout, data = basis.layout, spec.pack_bytes(codes)
-    events = data if layout.is_bytes else spec.unpack_bytes(data).to(torch.int32)
+    layout = basis.layout
+    events = event_columns(spec, spec.pack_bytes(codes))
+    assert events.dtype == layout.event_dtype
     decoded = layout.expand(events) @ basis.rows() + basis.mean
     torch.testing.assert_close(decoded, basis.decode(codes), rtol=1e-5, atol=1e-5)
     assert type(layout).parse(layout.text) == layout

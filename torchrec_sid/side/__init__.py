@@ -1,6 +1,17 @@
 """SIDE: parameter-free features of a SID, and attention over histories of packed codes."""
 
+from torchrec_sid.side.attention import CodeSpaceAttention, CodeSpaceAttentionConfig
 from torchrec_sid.side.basis import FrozenBasis, as_bytes
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
+from torchrec_sid.side.terms import EventTerms, EventTermsConfig
 
-__all__ = ["FrozenBasis", "SideFeatures", "SideFeaturesConfig", "as_bytes"]
+__all__ = [
+    "CodeSpaceAttention",
+    "CodeSpaceAttentionConfig",
+    "EventTerms",
+    "EventTermsConfig",
+    "FrozenBasis",
+    "SideFeatures",
+    "SideFeaturesConfig",
+    "as_bytes",
+]

@@ -159,10 +159,11 @@ class SideFeatures(nn.Module):
             )
         if weights is not None:
             phi = phi * weights.unsqueeze(1)
+        count = lengths.shape[0]
         bags = torch.repeat_interleave(
-            torch.arange(len(lengths), device=phi.device), lengths, output_size=len(phi)
+            torch.arange(count, device=phi.device), lengths, output_size=phi.shape[0]
         )
-        total = phi.new_zeros(len(lengths), self.dim).index_add(0, bags, phi)
+        total = phi.new_zeros(count, self.dim).index_add(0, bags, phi)
         return total if mode == "sum" else total / lengths.clamp_min(1).unsqueeze(1)
 
     def _raw(self, sids: Tensor) -> Tensor:

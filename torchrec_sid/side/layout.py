@@ -225,3 +225,21 @@ def spec_layout(spec: SidSpec, linear: tuple[bool, ...]) -> FeatureLayout:
         radices = spec.cardinalities[start:stop]
         columns.append(digits_column(radices) if all(linear[start:stop]) else one_hot_column(prod(radices)))
     return FeatureLayout(tuple(columns))
+
+
+def event_columns(spec: SidSpec, data: Tensor) -> Tensor:
+    """Packed bytes ``[E, nbytes]`` uint8 -> the columns of :func:`spec_layout`, ``[E, S]``.
+
+    The bytes themselves where levels are grouped by byte; otherwise one code per level, uint8 where all
+    fit, else int32.
+    """
+    if spec.byte_groups is not None:
+        return data
+    if spec.fits_int64:
+        packed = torch.zeros(data.shape[0], dtype=torch.int64, device=data.device)
+        for byte in range(spec.nbytes):
+            packed = (packed << 8) | data[:, byte]
+        codes = spec.unpack(packed)
+    else:
+        codes = spec.unpack_bytes(data)
+    return codes.to(torch.uint8 if max(spec.cardinalities) <= 256 else torch.int32)

@@ -1,0 +1,1 @@
+"""Backends of code-space attention: one operator, several ways to compute it."""
