@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,9 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 """Columns of train/, valid/ and test/; see docs/data.md."""
 
+SEGMENTS = ("head", "torso", "tail", "cold")
+"""Popularity segments by training events; ``segment`` columns and tensors hold the position here."""
+
 BLOCKS_PER_FILE = 1024
 """Row groups per file: enough that files are few, few enough that a footer is small."""
 
@@ -50,7 +54,7 @@ class ExampleWriter:
         folder.mkdir(parents=True)
         self.folder, self.block_rows = folder, block_rows
         self.shuffle_window = shuffle_window
-        self.rows = self.positives = 0
+        self.rows = self.positives = self.first_ts = self.last_ts = 0
         self.segments = np.zeros((2, 4), np.int64)  # rows, positives
         self._random = np.random.default_rng([seed, 0x73687566])
         self._window = np.empty(0, EXAMPLE)
@@ -60,6 +64,10 @@ class ExampleWriter:
 
     def add(self, examples: Array) -> None:
         """Append EXAMPLE records ``[n]`` in order of time."""
+        if not len(examples):
+            return
+        self.first_ts = self.first_ts if self.rows else int(examples["ts"][0])
+        self.last_ts = int(examples["ts"][-1])
         self.rows += len(examples)
         self.positives += int(examples["label"].sum())
         self.segments[0] += np.bincount(examples["segment"], minlength=4)
@@ -70,6 +78,15 @@ class ExampleWriter:
         self._window = np.concatenate([self._window, examples])
         while len(self._window) >= self.shuffle_window:
             self._flush_window(self.shuffle_window)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the manifest."""
+        segments = {
+            name: {"rows": int(rows), "positives": int(positives)}
+            for name, rows, positives in zip(SEGMENTS, *self.segments, strict=True)
+        }
+        own = ("rows", "positives", "first_ts", "last_ts")
+        return {name: getattr(self, name) for name in own} | {"segments": segments}
 
     def close(self) -> None:
         """Write what is left."""

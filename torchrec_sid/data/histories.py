@@ -118,10 +118,8 @@ class ExplicitHistories:
             SidError: a key twice in histories.parquet, or a history that reaches to its event or beyond.
         """
         counts = JoinCounts()
-        for path in keyed.paths:
+        for path, events in zip(keyed.paths, keyed.drain(), strict=True):
             table = pa.ipc.open_file(str(histories / f"{path.stem}.arrow")).read_all().combine_chunks()
-            events = np.fromfile(path, keyed.dtype) if path.exists() else np.empty(0, keyed.dtype)
-            path.unlink(missing_ok=True)
             if len(table):
                 self._attach(events, table, store, counts)
             out.add(events, hash_bucket(events["user"], len(out.paths)))
@@ -152,7 +150,7 @@ class ExplicitHistories:
         starts = np.append(0, ends[:-1])
 
         at = order[np.minimum(np.searchsorted(keys[order], events["key"]), len(keys) - 1)]
-        found = keys[at] == events["key"]
+        found = (keys[at] == events["key"]) & (events["key"] >= 0)
         counts.events += int(found.sum())
         events["begin"] = np.where(found, begin + starts[at], -1)
         events["end"] = np.where(found, begin + ends[at], -1)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from torchrec_sid.data.hashing import uniform
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.errors import SidError
 
-_ROUNDS = 256
+_TURNS = 1024
 _PIECE = 1 << 16
 
 
@@ -20,7 +21,7 @@ class NegativeSampling:
 
     For a positive (user, item, ts), positions are drawn uniformly among the events at time ts and the
     last ``window`` events before it, and the item at a position is accepted with probability
-    ``count ** (power - 1)``, its number of events there. So an item is drawn in proportion to
+    ``count ** (power - 1)``, its number of events there: an item is drawn in proportion to
     ``count ** power`` of the recent past only: never before its own first event, never before its
     release, and never for a user's positive on itself.
 
@@ -58,59 +59,77 @@ class Negatives(NamedTuple):
 class NegativeSampler:
     """Draws negatives for positives in order of time.
 
+    Every draw is a hash of the positive's row and of nothing else, so that the negatives of an event
+    are the same whatever comes after it.
+
     Args:
         config: the scheme.
         log_items: ``[E]`` int32 item of every event of the log, in order of time (may be mapped).
         log_ts: ``[E]`` int64 its time, non-decreasing.
-        items: N.
         seed: of the draws.
     """
 
-    def __init__(
-        self, config: NegativeSampling, log_items: Array, log_ts: Array, items: int, seed: int
-    ) -> None:
-        self.config, self.log_items, self.log_ts = config, log_items, log_ts
-        self._random = np.random.default_rng([seed, 0x6E6567])
-        self._counts = np.zeros(items, np.int32)
-        self._begin = self._end = 0
+    def __init__(self, config: NegativeSampling, log_items: Array, log_ts: Array, seed: int) -> None:
+        self.config, self.log_items, self.log_ts, self.seed = config, log_items, log_ts, seed
+        self._counter = _Counter(log_items, 0, 0)
 
-    def draw(self, begin: int, end: int) -> Negatives:
-        """Negatives for the events at positions ``begin .. end`` of the log; call in order."""
-        pieces = range(begin, end, _PIECE)
-        drawn = [self._draw(b, min(b + _PIECE, end)) for b in pieces]
-        positive = [d.positive + b - begin for b, d in zip(pieces, drawn, strict=True)]
+    def draw(self, begin: int, rows: Array) -> Negatives:
+        """Negatives for the events at positions ``begin ..`` of the log; call in order of time.
+
+        Args:
+            begin: position of the first.
+            rows: ``[n]`` int64, what identifies each event.
+        """
+        pieces = range(0, len(rows), _PIECE)
+        drawn = [self._draw(begin + p, rows[p : p + _PIECE]) for p in pieces]
+        positive = [d.positive + p for p, d in zip(pieces, drawn, strict=True)]
         return Negatives(np.concatenate(positive), np.concatenate([d.item for d in drawn]))
 
-    def _draw(self, begin: int, end: int) -> Negatives:
-        ts = np.asarray(self.log_ts[begin:end])
+    def _draw(self, begin: int, rows: Array) -> Negatives:
+        ts = self.log_ts[begin : begin + len(rows)]
         # All events of the same time belong to the window: at day resolution their order means nothing.
         stop = np.searchsorted(self.log_ts, ts, side="right")
         start = np.maximum(np.searchsorted(self.log_ts, ts, side="left") - self.config.window, 0)
-        self._advance(int(start[0]), int(stop[0]))
+        if self.config.power < 1 and not self._counter.covers(int(start[0]), int(stop[-1])):
+            self._counter = _Counter(self.log_items, int(start[0]), int(stop[-1]))
         each = self.config.per_positive
-        positive = np.repeat(np.arange(end - begin), each)
-        own = np.repeat(np.asarray(self.log_items[begin:end]), each)
+        positive = np.repeat(np.arange(len(rows)), each)
+        slot = np.tile(np.arange(each), len(rows))
+        own = self.log_items[begin + positive]
         item = np.full(len(positive), -1, np.int32)
-        open_ = np.arange(len(positive))
-        for _ in range(_ROUNDS):
-            at = positive[open_]
-            spot = start[at] + (self._random.random(len(at)) * (stop[at] - start[at])).astype(np.int64)
+        todo = np.arange(len(positive))
+        for turn in range(_TURNS):
+            at = positive[todo]
+            key = (rows[at], slot[todo], turn)
+            spot = start[at] + (uniform(self.seed, *key, 0) * (stop[at] - start[at])).astype(np.int64)
             drawn = self.log_items[spot]
-            chance = np.maximum(self._counts[drawn], 1) ** (self.config.power - 1)
-            taken = (drawn != own[open_]) & (self._random.random(len(at)) < chance)
-            item[open_[taken]] = drawn[taken]
-            open_ = open_[~taken]
-            if not len(open_):
+            taken = drawn != own[todo]
+            if self.config.power < 1:
+                chance = self._counter(drawn, start[at], stop[at]) ** (self.config.power - 1)
+                taken &= uniform(self.seed, *key, 1) < chance
+            item[todo[taken]] = drawn[taken]
+            todo = todo[~taken]
+            if not len(todo):
                 break
         found = item >= 0
         return Negatives(positive[found], item[found])
 
-    def _advance(self, begin: int, end: int) -> None:
-        """Move the counts to the events ``begin .. end``."""
-        for first, last, sign in ((self._end, end, 1), (self._begin, begin, -1)):
-            for piece in range(first, last, _PIECE):
-                items, counts = np.unique(
-                    self.log_items[piece : min(piece + _PIECE, last)], return_counts=True
-                )
-                self._counts[items] += sign * counts.astype(np.int32)
-        self._begin, self._end = begin, end
+
+class _Counter:
+    """How often an item occurs in a range of positions, within ``begin .. end`` of the log."""
+
+    def __init__(self, log_items: Array, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
+        # Sorted (item, position) pairs: a count is the distance of two binary searches.
+        items = log_items[begin:end].astype(np.int64)
+        self._places = np.sort(items * (end - begin) + np.arange(end - begin))
+
+    def covers(self, begin: int, end: int) -> bool:
+        return self.begin <= begin and end <= self.end
+
+    def __call__(self, item: Array, start: Array, stop: Array) -> Array:
+        """``[n]`` items, ``[n]`` ranges -> ``[n]`` float64 counts."""
+        base = item.astype(np.int64) * (self.end - self.begin) - self.begin
+        return (
+            np.searchsorted(self._places, base + stop) - np.searchsorted(self._places, base + start)
+        ).astype(np.float64)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torchrec_sid.data.hashing import hash64
 from torchrec_sid.data.parquet import Array
 
 EVENT = np.dtype(
@@ -46,6 +47,9 @@ NO_TIME = np.iinfo(np.int64).min
 """Time of a history entry of which only the order is known."""
 
 
+_PENDING_ROWS = 1 << 18
+
+
 class Spill:
     """One append-only file of records per bucket.
 
@@ -59,39 +63,42 @@ class Spill:
         folder.mkdir(parents=True, exist_ok=True)
         self.dtype = dtype
         self.paths = [folder / f"{bucket:05d}.bin" for bucket in range(buckets)]
+        self._pending: list[tuple[Array, Array]] = []
+        self._pending_rows = 0
 
     def add(self, records: Array, bucket: Array) -> None:
         """Append ``records [n]`` to their buckets ``[n]``, keeping their order within each."""
-        if len(self.paths) == 1:
-            self._append(0, records)
+        self._pending.append((records, bucket))
+        self._pending_rows += len(records)
+        # With many buckets, small batches would open a file for a few rows each.
+        if self._pending_rows >= _PENDING_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        if not self._pending:
             return
+        records = np.concatenate([r for r, _ in self._pending])
+        bucket = np.concatenate([b for _, b in self._pending])
+        self._pending, self._pending_rows = [], 0
         order = np.argsort(bucket, kind="stable")
         ends = np.cumsum(np.bincount(bucket, minlength=len(self.paths)))
-        records = records[order]
-        for number, (begin, end) in enumerate(zip(np.append(0, ends[:-1]), ends, strict=True)):
+        for path, begin, end in zip(self.paths, np.append(0, ends[:-1]), ends, strict=True):
             if end > begin:
-                self._append(number, records[begin:end])
+                with path.open("ab") as file:
+                    file.write(records[order[begin:end]].tobytes())
 
     def drain(self) -> Iterator[Array]:
-        """The records of each bucket in turn; its file is deleted once it has been read."""
+        """The records of each bucket in turn, empty ones too; a file is deleted once it has been read."""
+        self.flush()
         for path in self.paths:
-            if path.exists():
-                records = np.fromfile(path, self.dtype)
-                path.unlink()
-                yield records
-
-    def _append(self, bucket: int, records: Array) -> None:
-        with self.paths[bucket].open("ab") as file:
-            file.write(np.ascontiguousarray(records).tobytes())
+            yield np.fromfile(path, self.dtype) if path.exists() else np.empty(0, self.dtype)
+            path.unlink(missing_ok=True)
 
 
 def hash_bucket(keys: Array, buckets: int) -> Array:
-    """Keys ``[n]`` int64 -> buckets ``[n]`` int64 by splitmix64, so that runs of ids spread evenly."""
-    x = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return (x % np.uint64(buckets)).astype(np.int64)
+    """Keys ``[n]`` int64 -> buckets ``[n]`` int64, hashed so that runs of ids spread evenly."""
+    return (hash64(0, keys) % np.uint64(buckets)).astype(np.int64)
 
 
 class TimeSketch:

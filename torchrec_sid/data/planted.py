@@ -10,13 +10,12 @@ from functools import cached_property
 
 import numpy as np
 
+from torchrec_sid.data.hashing import hash64, uniform
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.errors import SidError
 
 LATENT = 8
 """Dimensions of an item's own latent vector, beyond its topic and subtopic."""
-
-_GOLDEN = 0x9E3779B97F4A7C15
 
 # One stream of numbers per property.
 _TOPIC, _SUBTOPIC, _POPULARITY, _LATENT, _QUIRK, _CATEGORY, _LIKES_TOPIC, _LIKES_SUBTOPIC, _LIKES, _BUSY = (
@@ -164,24 +163,14 @@ class World:
         ).astype(np.float64)
 
     def _bits(self, stream: int, *keys: Array) -> Array:
-        state = np.full(1, (self.config.seed * 16 + stream) * _GOLDEN % 2**64, np.uint64)
-        for key in keys:
-            state = _mix(state + (key.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
-        return state
+        return hash64(self.config.seed * 16 + stream, *keys)
 
     def _uniform(self, stream: int, key: Array) -> Array:
-        return (self._bits(stream, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return uniform(self.config.seed * 16 + stream, key)
 
     def _normals(self, stream: int, key: Array) -> Array:
         keys = (key[:, None] * LATENT + np.arange(LATENT)).ravel()
         return _normal(self._bits(stream, keys)).reshape(len(key), LATENT)
-
-
-def _mix(x: Array) -> Array:
-    """splitmix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _normal(bits: Array) -> Array:

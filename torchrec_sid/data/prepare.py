@@ -26,7 +26,7 @@ from torchrec_sid.data.histories import DENSE, ExplicitHistories, past_of
 from torchrec_sid.data.negatives import NegativeSampler, NegativeSampling
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.partition import EVENT, EXAMPLE, Spill, TimeBuckets, hash_bucket
-from torchrec_sid.data.prepared import LAYOUT_VERSION, MANIFEST, SEGMENTS, PreparedLog
+from torchrec_sid.data.prepared import LAYOUT_VERSION, MANIFEST, PreparedLog
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.data.store import StoreWriter
 from torchrec_sid.errors import SidError
@@ -57,8 +57,8 @@ class PrepareConfig:
     """Training rows are permuted within windows of this many; 0 keeps the order of time."""
     block_rows: int = 256
     """Rows per block, the unit that readers read."""
-    bucket_rows: int = 1 << 20
-    """Events that are sorted in memory at a time (about 300 bytes each)."""
+    bucket_rows: int = 1 << 19
+    """Events that are sorted in memory at a time (about 500 bytes each)."""
     seed: int = 0
     """Of the shuffle and the negatives."""
 
@@ -193,7 +193,9 @@ class _Preparation:
         keyed = Spill(self.spill / "keys", EVENT, self.buckets)
         rows = histories.partition(keyed, self.spill / "histories")
         for events in self.reader:
-            keyed.add(events, hash_bucket(events["key"], self.buckets))
+            # Events without a key need no partner: spread them.
+            keys = np.where(events["key"] < 0, events["row"], events["key"])
+            keyed.add(events, hash_bucket(keys, self.buckets))
         return by_user, asdict(histories.join(keyed, rows, by_user, store))
 
     def _examples(
@@ -217,7 +219,7 @@ class _Preparation:
         return by_time
 
     def _sorted(self, by_time: Spill) -> Iterator[Array]:
-        for examples in by_time.drain():
+        for examples in filter(len, by_time.drain()):
             yield examples[np.lexsort((examples["event"], examples["ts"]))]
 
     def _with_negatives(self, pieces: Iterator[Array], config: NegativeSampling) -> Iterator[Array]:
@@ -232,13 +234,12 @@ class _Preparation:
             config,
             np.load(log_items, mmap_mode="r"),
             np.load(log_ts, mmap_mode="r"),
-            len(self.folder),
             self.config.seed,
         )
         begin = 0
         for number in range(len(list(self.spill.glob("piece-*.bin")))):
             examples = np.fromfile(self.spill / f"piece-{number}.bin", EXAMPLE)
-            drawn = sampler.draw(begin, begin + len(examples))
+            drawn = sampler.draw(begin, examples["event"])
             begin += len(examples)
             negatives = examples[drawn.positive]
             negatives["item"], negatives["label"] = drawn.item, 0
@@ -247,43 +248,25 @@ class _Preparation:
 
     def _write(self, pieces: Iterator[Array], segment: Array) -> dict[str, Any]:
         c = self.config
+        windows = (c.shuffle_window, 0, 0)
         writers = [
-            ExampleWriter(
-                self.done / name, c.block_rows, c.shuffle_window if name == "train" else 0, c.seed
-            )
-            for name in SPLITS
+            ExampleWriter(self.done / name, c.block_rows, window, c.seed)
+            for name, window in zip(SPLITS, windows, strict=True)
         ]
-        first, last = [0] * 3, [0] * 3
         for examples in pieces:
             examples["segment"] = segment[examples["item"]]
             for number, writer in enumerate(writers):
-                mine = examples[examples["split"] == number]
-                if not len(mine):
-                    continue
-                first[number] = first[number] if writer.rows else int(mine["ts"][0])
-                last[number] = int(mine["ts"][-1])
-                writer.add(mine)
+                writer.add(examples[examples["split"] == number])
         for name, writer in zip(SPLITS, writers, strict=True):
             writer.close()
-            if not writer.rows:
-                raise SidError(
-                    str(self.reader.path),
-                    f"split {name!r} has no events",
-                    "Give each of the splits events.",
+            if not 0 < writer.positives < writer.rows:
+                label = (
+                    "has no events" if not writer.rows else f"has label {int(writer.positives > 0)} only"
                 )
-        return {
-            name: {
-                "rows": writer.rows,
-                "positives": writer.positives,
-                "first_ts": first[number],
-                "last_ts": last[number],
-                "segments": {
-                    segment_name: {"rows": int(rows), "positives": int(positives)}
-                    for segment_name, rows, positives in zip(SEGMENTS, *writer.segments, strict=True)
-                },
-            }
-            for number, (name, writer) in enumerate(zip(SPLITS, writers, strict=True))
-        }
+                raise SidError(
+                    str(self.reader.path), f"split {name!r} {label}", "Give each split both labels."
+                )
+        return {name: writer.summary() for name, writer in zip(SPLITS, writers, strict=True)}
 
     def _write_items(self, segment: Array) -> None:
         folder = self.done / "items"

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from torchrec_sid.data.events import SPLITS
+from torchrec_sid.data.examples import SEGMENTS
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.store import HistoryStore
 from torchrec_sid.errors import ArtifactError, SidError
 
+__all__ = ["LAYOUT_VERSION", "MANIFEST", "SEGMENTS", "PreparedLog"]
+
 MANIFEST = "manifest.json"
 LAYOUT_VERSION = 1
-
-SEGMENTS = ("head", "torso", "tail", "cold")
-"""Popularity segments by training events; ``segment`` columns and tensors hold the position here."""
 
 
 @dataclass(frozen=True)
