@@ -36,7 +36,8 @@ class DiscretePcaConfig:
 
     Args:
         stages: ``(m, alphabet)`` per stage: m digits at once, each of an odd number of levels. Five
-            trits a stage is one byte a stage; one digit a stage is greedier, slower and no better.
+            trits a stage is one byte a stage; one digit a stage is the greediest form, several times
+            slower to fit and within a few percent either way.
         codebooks: codewords of k-means stages that come before the digits, e.g. ``(256,)``; on
             clustered data they mend what a linear decoder cannot reach.
         refine: alternations between digits and decoder per stage; 0 is eigenvectors with Lloyd-Max.
