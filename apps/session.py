@@ -61,6 +61,8 @@ class TrainConfig:
     """Of the weights."""
     workers: int = 0
     """Processes per rank that read batches ahead."""
+    pipelined: bool = True
+    """Distribute the ids of the next batch while this one is computed."""
     plan: str | None = None
     """Sharding plan (JSON) to follow; default: make one."""
     planner: str | None = None
@@ -181,6 +183,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         ),
         checkpoint_every=config.checkpoint_every,
         metadata={"config": asdict(config), "world_size": ranks.size},
+        pipelined=config.pipelined,
     )
     sids = None if catalog is None else catalog.lookup(torch.from_numpy(log.item_ids[:]))
     return Session(config, ranks, log, ranking, sharded, loop, identity, parameters, sids)

@@ -65,6 +65,7 @@ class TrainingLoop:
         checkpoints: where to save and from where to resume; None: neither.
         checkpoint_every: steps between two checkpoints; 0: only at the end of training.
         metadata: saved with every checkpoint, JSON-serialisable.
+        pipelined: distribute the ids of the next batch while this one is computed.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class TrainingLoop:
         checkpoints: CheckpointManager | None = None,
         checkpoint_every: int = 0,
         metadata: Mapping[str, Any] | None = None,
+        pipelined: bool = True,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -86,7 +88,7 @@ class TrainingLoop:
         self.position = Position()
         self._saved = 0
         self.pipeline: TrainPipelineSparseDist | None = None
-        if any(isinstance(module, ShardedModule) for module in model.modules()):
+        if pipelined and any(isinstance(module, ShardedModule) for module in model.modules()):
             # Transforms from SIDs to rows run a batch ahead only with pipeline_postproc.
             self.pipeline = TrainPipelineSparseDist(model, optimizer, device, pipeline_postproc=True)
 

@@ -1,0 +1,260 @@
+"""Examples per second of each arm: 1 and 2 processes, pipelined or not, our loop and a bare TorchRec one.
+
+`python -m apps.bench.training [--quick] --json FILE`. The loops alternate in the same processes on equal models
+and batches; the median over repeats counts. A bare loop calls TorchRec's pipeline and nothing else; ours
+also keeps the position, shows progress and writes TensorBoard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+
+from torchrec_sid.artifact import write_json
+from torchrec_sid.data.prepare import prepare
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.reader import BatchReader
+from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
+from torchrec_sid.models.arms import ARMS
+from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
+from torchrec_sid.parallel.optimizer import TableOptimizer
+from torchrec_sid.parallel.planner_config import PlannerConfig
+from torchrec_sid.parallel.sharding import ShardedModel, shard_model
+from torchrec_sid.spec import SidSpec
+from torchrec_sid.training.loop import TrainingLoop
+from torchrec_sid.training.progress import TrainingProgress
+
+_SPEC = SidSpec((64, 64, 64, 64))
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """How much to measure."""
+
+    steps: int = 150
+    """Steps of each measurement."""
+    repeats: int = 5
+    """Measurements of each kind, alternating."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Which arms."""
+
+
+QUICK = BenchConfig(steps=30, repeats=2, arms=("none", "full_id", "hashed_prefix"))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer arms, steps and repeats")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    options = parser.parse_args()
+    config = QUICK if options.quick else BenchConfig()
+    with tempfile.TemporaryDirectory() as folder:
+        write_synthetic(Path(folder) / "log", SyntheticConfig())
+        log = prepare(Path(folder) / "log", Path(folder) / "prepared")
+        rows = [row for processes in (1, 2) for row in _measure(config, log, processes)]
+    if options.json is not None:
+        write_json(options.json, {"rows": rows})
+    Console().print(_table(rows))
+
+
+def _measure(config: BenchConfig, log: PreparedLog, processes: int) -> list[dict[str, Any]]:
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(config, log, rank, processes, folder, results))
+            for rank in range(processes)
+        ]
+        for process in ranks:
+            process.start()
+        # A failed rank would leave the others waiting for ever, and this one for its rows.
+        while all(process.is_alive() for process in ranks) and results.empty():
+            ranks[0].join(0.2)
+        if results.empty():
+            for process in ranks:
+                process.kill()
+            raise SystemExit("a process of the bench failed; see its message above")
+        rows: list[dict[str, Any]] = results.get()
+        for process in ranks:
+            process.join()
+    return rows
+
+
+def _rank(config: BenchConfig, log: PreparedLog, rank: int, world: int, folder: str, results: Any) -> None:
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    rows = [
+        row
+        for arm, pipelined in itertools.product(config.arms, (False, True))
+        for row in _measure_arm(config, log, arm, pipelined, Path(folder) / f"board{rank}")
+    ]
+    if rank == 0:
+        results.put(rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _measure_arm(
+    config: BenchConfig, log: PreparedLog, arm: str, pipelined: bool, board: Path
+) -> list[dict[str, Any]]:
+    world = dist.get_world_size()
+    loops: dict[str, Callable[[], None]] = {
+        "ours": _our_loop(config, log, arm, pipelined, board),
+        "bare": _bare_loop(config, log, arm, pipelined),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    peaks = dict.fromkeys(loops, 0.0)
+    for repeat in range(config.repeats + 1):
+        for name, run in loops.items():
+            _reset_peak()
+            dist.barrier()
+            started = time.perf_counter()
+            run()
+            dist.barrier()
+            if repeat:  # the first one traces the model and warms up
+                rates[name].append(config.steps * _BATCH / (time.perf_counter() - started))
+                peaks[name] = max(peaks[name], _peak_mb())
+    return [
+        {
+            "arm": arm,
+            "processes": world,
+            "pipelined": pipelined,
+            "loop": name,
+            "examples_per_second": statistics.median(rates[name]),
+            "peak_rss_mb": peaks[name],
+        }
+        for name in loops
+    ]
+
+
+def _build(log: PreparedLog, arm: str) -> tuple[Ranking, ShardedModel]:
+    torch.manual_seed(0)
+    content = torch.randn(log.items, 384, generator=torch.Generator().manual_seed(0))
+    ranking = build_ranking(RankingConfig(arm=arm), log, spec=_SPEC, content=content)
+    sharded = shard_model(
+        ranking.module,
+        PlannerConfig(),
+        device=torch.device("cpu"),
+        table_optimizer=TableOptimizer("adagrad", lr=0.05),
+        seed=0,
+    )
+    return ranking, sharded
+
+
+def _read(log: PreparedLog, ranking: Ranking, steps: int) -> list[Any]:
+    """Batches in memory, so that reading is not what is measured."""
+    codes = torch.randint(0, 64, (log.items, 4), generator=torch.Generator().manual_seed(0))
+    world = dist.get_world_size()
+    reader = BatchReader(
+        log,
+        "train",
+        ranking.batch_config(_BATCH // world, 64),
+        rank=dist.get_rank(),
+        world_size=world,
+        item_sids=_SPEC.pack(codes),
+    )
+    return list(itertools.islice(reader, steps))
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=2e-3)
+
+
+def _our_loop(
+    config: BenchConfig, log: PreparedLog, arm: str, pipelined: bool, folder: Path
+) -> Callable[[], None]:
+    ranking, sharded = _build(log, arm)
+    batches = _read(log, ranking, config.steps)
+    loop = TrainingLoop(
+        sharded.model, sharded.make_optimizer(_adam), torch.device("cpu"), pipelined=pipelined
+    )
+    board = SummaryWriter(str(folder))
+
+    def on_step(step: int, output: Any) -> None:
+        if step % 20 == 0:
+            board.add_scalar("train/loss", float(output.loss), step)
+
+    def run() -> None:
+        with TrainingProgress(config.steps, enabled=dist.get_rank() == 0) as progress:
+            loop.train(
+                lambda epoch, start: batches, loop.position.epoch + 1, progress=progress, on_step=on_step
+            )
+
+    return run
+
+
+def _bare_loop(config: BenchConfig, log: PreparedLog, arm: str, pipelined: bool) -> Callable[[], None]:
+    ranking, sharded = _build(log, arm)
+    batches = _read(log, ranking, config.steps)
+    optimizer = sharded.make_optimizer(_adam)
+    device = torch.device("cpu")
+    sparse = (
+        TrainPipelineSparseDist(sharded.model, optimizer, device, pipeline_postproc=True)
+        if pipelined and sharded.tables
+        else None
+    )
+
+    def run() -> None:
+        pipeline = sparse or TrainPipelineBase(sharded.model, optimizer, device)
+        iterator = iter(batches)
+        sharded.model.train()
+        while True:
+            try:
+                pipeline.progress(iterator)
+            except StopIteration:
+                return
+
+    return run
+
+
+def _reset_peak() -> None:
+    """Start a new peak of resident memory (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="examples per second")
+    for name in ("arm", "processes", "pipelined", "ours", "bare", "ours / bare", "peak MB"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for ours, bare in zip(rows[::2], rows[1::2], strict=True):
+        rates = ours["examples_per_second"], bare["examples_per_second"]
+        table.add_row(
+            ours["arm"],
+            str(ours["processes"]),
+            str(ours["pipelined"]),
+            f"{rates[0]:,.0f}",
+            f"{rates[1]:,.0f}",
+            f"{rates[0] / rates[1]:.3f}",
+            f"{ours['peak_rss_mb']:,.0f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
