@@ -1,8 +1,8 @@
 """Examples per second of each arm: 1 and 2 processes, pipelined or not, our loop and a bare TorchRec one.
 
-`python -m apps.bench.training [--quick] --json FILE`. The loops alternate in the same processes on equal models
-and batches; the median over repeats counts. A bare loop calls TorchRec's pipeline and nothing else; ours
-also keeps the position, shows progress and writes TensorBoard.
+`python -m apps.bench.training [--quick] --json FILE`. The loops alternate in the same processes on equal
+models and batches; the median over repeats counts. A bare loop calls TorchRec's pipeline and nothing else;
+ours also keeps the position, shows progress and writes TensorBoard.
 """
 
 from __future__ import annotations
