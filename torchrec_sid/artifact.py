@@ -7,11 +7,14 @@ bytes: two artefacts with the same fingerprint hold the same thing.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +26,7 @@ from torch import Tensor
 from torchrec_sid.errors import ArtifactError
 
 _MANIFEST = "torchrec_sid"
+_log = logging.getLogger(__name__)
 
 
 class Artifact(NamedTuple):
@@ -67,6 +71,23 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_lock(path: str | Path) -> Iterator[None]:
+    """Hold the exclusive lock of a folder that may not exist yet; other processes wait.
+
+    The lock is the file ``.<name>.lock`` beside the folder; the system frees it when a process dies.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems have no locks; what is written under one is atomic all the same.
+            _log.warning("%s cannot be locked (%s)", path, error)
+        yield
 
 
 def write_json(path: str | Path, value: Any) -> None:

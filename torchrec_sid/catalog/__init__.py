@@ -1,0 +1,14 @@
+"""The catalog: item id -> Semantic ID, with drift between catalogs and an optional last digit."""
+
+from torchrec_sid.catalog.drift import DriftReport, measure_drift
+from torchrec_sid.catalog.last_digit import LastDigit, add_last_digit
+from torchrec_sid.catalog.store import CatalogRows, SidCatalog
+
+__all__ = [
+    "CatalogRows",
+    "DriftReport",
+    "LastDigit",
+    "SidCatalog",
+    "add_last_digit",
+    "measure_drift",
+]
