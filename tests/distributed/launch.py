@@ -75,6 +75,18 @@ def _child(
     folder: str,
     results: Any,
 ) -> None:
+    join_group(rank, world_size, local_size, folder)
+    try:
+        results.put((rank, False, function(*arguments)))
+        dist.barrier()
+    except BaseException:
+        results.put((rank, True, traceback.format_exc()))
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+def join_group(rank: int, world_size: int, local_size: int, folder: str) -> None:
+    """Make this process a rank of a gloo group that meets in ``folder``."""
     os.environ |= {
         "GLOO_SOCKET_IFNAME": "lo",
         "RANK": str(rank),
@@ -84,10 +96,3 @@ def _child(
     }
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    try:
-        results.put((rank, False, function(*arguments)))
-        dist.barrier()
-    except BaseException:
-        results.put((rank, True, traceback.format_exc()))
-        os._exit(1)
-    dist.destroy_process_group()
