@@ -120,7 +120,8 @@ def _learn_sids(config: CompareConfig, data: Path, log: PreparedLog, output: Pat
     held_out = matrix if bool(seen.all()) else matrix[~seen]
     write_json(output / "quality.json", quantizer.quality(held_out).to_dict())
     catalog = output / "catalog"
-    SidCatalog.create(catalog, quantizer.spec, log.item_ids, quantizer.encode(matrix), mark)
+    codes = quantizer.encode(matrix)
+    SidCatalog.create(catalog, quantizer.spec, log.item_ids, codes, mark, overwrite=True)
     return catalog
 
 
