@@ -3,6 +3,7 @@
 from torchrec_sid.side.attention import CodeSpaceAttention, CodeSpaceAttentionConfig
 from torchrec_sid.side.basis import FrozenBasis, as_bytes
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
+from torchrec_sid.side.similarity import SimilarityConfig, SimilarityFeatures
 from torchrec_sid.side.terms import EventTerms, EventTermsConfig
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "FrozenBasis",
     "SideFeatures",
     "SideFeaturesConfig",
+    "SimilarityConfig",
+    "SimilarityFeatures",
     "as_bytes",
 ]

@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-_SOURCES = ("code_attention.cpp",)
-_HEADERS = ("vectors.h",)
+_SOURCES = ("code_attention.cpp", "similarity.cpp")
+_HEADERS = ("parallel.h", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 CACHE_VARIABLE = "TORCHREC_SID_CACHE"
 DISABLE_VARIABLE = "TORCHREC_SID_NO_COMPILE"
@@ -104,3 +104,10 @@ def _processor() -> str:
             if line.lower().startswith(("flags", "features")):
                 return f"{platform.machine()} {line}"
     return f"{platform.machine()} {platform.processor()} {platform.node()}"
+
+
+def c_fields(pointers: str, integers: str = "") -> list[tuple[str, type]]:
+    """Fields of a C structure of pointers followed by int64s, for ``ctypes.Structure``."""
+    return [(n, ctypes.c_void_p) for n in pointers.split()] + [
+        (n, ctypes.c_int64) for n in integers.split()
+    ]

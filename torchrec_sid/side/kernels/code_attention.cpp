@@ -6,12 +6,9 @@
 // Rows of the query (candidates x heads) are handled L at a time, one per vector lane.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <system_error>
-#include <thread>
-#include <vector>
 
+#include "parallel.h"
 #include "vectors.h"
 
 namespace {
@@ -354,27 +351,16 @@ template <int L, typename Work>
 void run(const Problem& p, int tables, bool whole_users, Work work) {
   const int64_t blocks = (p.rows + L - 1) / L;
   const int64_t items = whole_users ? p.users : p.users * blocks;
-  std::atomic<int64_t> next{0};
-  auto loop = [&](int64_t thread) {
+  const int64_t work_size = (p.offsets[p.users] + 300 * p.users) * p.num_columns * blocks;
+  run_parallel(p.threads, items, work_size, [&](int64_t thread, auto next) {
     Worker<L> worker(p, p.scratch + thread * p.scratch_floats, tables);
-    for (int64_t item = next++; item < items; item = next++) {
+    for (int64_t item = next(); item < items; item = next()) {
       const int64_t user = p.order[whole_users ? item : item / blocks];
       const int64_t begin = whole_users ? 0 : item % blocks;
       for (int64_t k = begin; k < (whole_users ? blocks : begin + 1); k++)
         work(worker, Block{user, k * L, static_cast<int>(std::min<int64_t>(L, p.rows - k * L))});
     }
-  };
-  std::vector<std::thread> helpers;
-  // Starting a thread costs about as much as ten thousand table rows.
-  const int64_t work_size = (p.offsets[p.users] + 300 * p.users) * p.num_columns * blocks;
-  const int64_t threads = std::min({p.threads, items, 1 + work_size / 20000});
-  try {
-    for (int64_t t = 1; t < threads; t++) helpers.emplace_back(loop, t);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started, and this one, do the work.
-  }
-  loop(0);
-  for (auto& helper : helpers) helper.join();
+  });
 }
 
 template <typename Work>

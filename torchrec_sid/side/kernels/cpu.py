@@ -8,32 +8,26 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from torchrec_sid.side.kernels.build import load_library
+from torchrec_sid.side.kernels.build import c_fields, load_library
 from torchrec_sid.side.kernels.problem import Gradients, Output, Problem
 from torchrec_sid.side.layout import FeatureLayout
 
 _MAX_DIGITS = 8
 
 
-def _fields(pointers: str, integers: str = "") -> list[tuple[str, type]]:
-    return [(n, ctypes.c_void_p) for n in pointers.split()] + [
-        (n, ctypes.c_int64) for n in integers.split()
-    ]
-
-
 class _Problem(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = c_fields(
         "query events offsets offset bias columns order scratch",
         "users rows features num_columns heads bias_heads softmax threads scratch_floats",
     )
 
 
 class _ForwardOut(ctypes.Structure):
-    _fields_ = _fields("z total peak")
+    _fields_ = c_fields("z total peak")
 
 
 class _BackwardArgs(ctypes.Structure):
-    _fields_ = _fields("grad_z grad_total z total peak grad_query grad_offset grad_bias")
+    _fields_ = c_fields("grad_z grad_total z total peak grad_query grad_offset grad_bias")
 
 
 def unavailable(problem: Problem) -> str:
