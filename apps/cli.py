@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 
 T = TypeVar("T")
 
@@ -19,8 +20,17 @@ def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | N
         argv: arguments; those of the process by default.
     """
     parser = ArgumentParser(description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_class_arguments(kind, None)
-    parsed = parser.instantiate_classes(parser.parse_args(argv))
+    arguments = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    parsed = parser.instantiate_classes(parser.parse_args(arguments))
     values = {name: value for name, value in vars(parsed).items() if name != "config"}
     return kind(**values)
+
+
+def _underscored(word: str) -> str:
+    """``--world-size=8`` as ``--world_size=8``: both spellings of an option work."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"

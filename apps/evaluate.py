@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ from apps.cli import parse_config
 from apps.session import TrainConfig, open_session, start_processes
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import ArtifactError, SidError
-from torchrec_sid.models.build import RankingConfig
-from torchrec_sid.parallel.optimizer import TableOptimizer
 
 
 @dataclass(frozen=True)
@@ -71,16 +69,10 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
 
 def _read_config(run: Path) -> TrainConfig:
     """The run's configuration; its plan is for the processes of the training, so another is made."""
-    try:
-        saved = json.loads((run / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ArtifactError(
-            str(run), f"no readable config.json ({error})", "Pass a run directory."
-        ) from error
-    model = {key: tuple(v) if isinstance(v, list) else v for key, v in saved["model"].items()}
-    tables = saved["tables"] | {"betas": tuple(saved["tables"]["betas"])}
-    saved |= {"model": RankingConfig(**model), "tables": TableOptimizer(**tables), "plan": None}
-    return TrainConfig(**saved)
+    file = run / "config.json"
+    if not file.is_file():
+        raise ArtifactError(str(file), "no such file", "Pass a run directory of apps.train.")
+    return replace(parse_config(TrainConfig, None, ["--config", str(file)]), plan=None)
 
 
 if __name__ == "__main__":

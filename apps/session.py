@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.data.batch import BatchConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
@@ -162,12 +163,15 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
     )
     parameters = sum(p.numel() for p in ranking.module.parameters())
     planner = load_planner_config(config.planner) if config.planner else PlannerConfig()
+    lengths = dict.fromkeys(("history", "history_sid"), _mean_history(config.model, log))
     sharded = shard_model(
         ranking.module,
         load_plan(config.plan) if config.plan else planner,
         device=device,
         table_optimizer=config.tables,
         seed=config.seed,
+        batch_size=config.batch_size // ranks.size,
+        feature_lengths=lengths,
     )
     identity = {"log": log.fingerprint, "seed": str(config.seed)}
     if catalog is not None:
@@ -201,6 +205,13 @@ def _open_catalog(config: TrainConfig) -> SidCatalog | None:
     if config.catalog is None:
         raise SidError("catalog", f"missing, but arm {config.model.arm!r} reads SIDs", "Pass --catalog.")
     return SidCatalog.open(config.catalog)
+
+
+def _mean_history(config: RankingConfig, log: PreparedLog) -> float:
+    """Mean events per example in the first training rows, for the planner."""
+    rows = min(4096, log.rows("train"))
+    batch = BatchConfig(rows, config.history_length, ("history_action",))
+    return float(next(iter(BatchReader(log, "train", batch))).history_lengths.double().mean())
 
 
 def _content(config: TrainConfig) -> Tensor | None:

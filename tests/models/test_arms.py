@@ -7,7 +7,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.arms import ARMS, ItemInputs, arm_named
-from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain
+from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain, Standardise
 from torchrec_sid.models.history import HistoryConfig
 from torchrec_sid.spec import SidSpec
 
@@ -102,3 +102,11 @@ def test_unknown_arm_and_missing_inputs_are_named() -> None:
         ARMS["hashed_prefix"].build(bare)
     with pytest.raises(SidError, match="content"):
         ARMS["dense"].build(bare)
+
+
+def test_standardised_dense_features_have_mean_zero_and_unit_deviation() -> None:
+    dense = torch.randn(500, 3) * torch.tensor([1.0, 10.0, 0.0]) + 5
+    module = Standardise(torch.stack([dense.mean(0), dense.std(0)]))
+    found = module(dense)
+    torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.std(0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-5, rtol=0)

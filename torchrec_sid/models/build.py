@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchrec_sid.data.batch import BatchConfig
 from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.models.arms import Arm, ItemInputs, arm_named
 from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain
 from torchrec_sid.models.history import HistoryConfig
@@ -102,7 +103,15 @@ def build_ranking(
         dense_layers=config.dense_layers,
         over_layers=config.over_layers,
         history_feature=arm.item_fields[1] if arm.item_fields else "history",
+        dense_statistics=_dense_statistics(log),
         device=device,
     )
     fields = (*arm.item_fields, "history_action", "history_age")
     return Ranking(HistoryDLRMTrain(model), arm, inputs, fields)
+
+
+def _dense_statistics(log: PreparedLog) -> Tensor:
+    """Mean and standard deviation of the dense features in the first training rows, ``[2, F]``."""
+    rows = min(16_384, log.rows("train"))
+    first = next(iter(BatchReader(log, "train", BatchConfig(rows, 1, ("history_action",)))))
+    return torch.stack([first.dense.mean(0), first.dense.std(0, correction=0)])

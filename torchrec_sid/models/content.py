@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 
 
@@ -38,7 +39,9 @@ class ContentTower(nn.Module):
         scale = centred.square().mean().sqrt()
         if not bool(torch.isfinite(scale)) or scale == 0:
             raise SidError("content", f"root mean square {scale}", "Pass finite, varied embeddings.")
-        self.register_buffer("content", (centred / scale).half().to(device), persistent=False)
+        self.register_buffer(
+            "content", (centred / scale).half().to(buffer_device(device)), persistent=False
+        )
         self.content: Tensor
         self.tower = nn.Sequential(
             nn.Linear(content.shape[1], hidden, device=device),

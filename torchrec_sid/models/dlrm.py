@@ -11,6 +11,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.models.dlrm import DenseArch, OverArch
 
 from torchrec_sid.data.batch import RankingBatch
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.models.history import HistoryConfig, TargetAttention
 
 
@@ -44,6 +45,8 @@ class HistoryDLRM(nn.Module):
         config: sizes of the history encoder; its ``dim`` is D. Without ``history`` there are no pools.
         dense_layers, over_layers: hidden widths of the two MLPs.
         history_feature: key of the history in what ``history`` returns.
+        dense_statistics: ``[2, F]`` mean and standard deviation of the dense input, which standardise it;
+            None leaves it as it is.
         device: where the parameters live.
     """
 
@@ -56,6 +59,7 @@ class HistoryDLRM(nn.Module):
         dense_layers: tuple[int, ...] = (64,),
         over_layers: tuple[int, ...] = (128, 64),
         history_feature: str = "history",
+        dense_statistics: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -66,6 +70,9 @@ class HistoryDLRM(nn.Module):
         self.history = history
         self.history_feature = history_feature
         self.no_item = nn.Parameter(torch.zeros(dim, device=device)) if candidate is None else None
+        self.standardise = (
+            None if dense_statistics is None else Standardise(dense_statistics.to(buffer_device(device)))
+        )
         self.dense = DenseArch(dense_in_features, [*dense_layers, dim], device=device)
         self.attention = TargetAttention(config, device=device)
         fields = 1 + (candidate is not None) + self.attention.summaries
@@ -74,7 +81,7 @@ class HistoryDLRM(nn.Module):
 
     def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
         """``dense [B, F]`` and the sparse features -> logits ``[B]``."""
-        dense_vector = self.dense(dense)
+        dense_vector = self.dense(dense if self.standardise is None else self.standardise(dense))
         if self.candidate is None:
             assert self.no_item is not None
             target = self.no_item.expand_as(dense_vector)
@@ -84,6 +91,26 @@ class HistoryDLRM(nn.Module):
         summaries = self.attention(target, content, features)
         fields = [dense_vector] if self.candidate is None else [dense_vector, target]
         return self.over(self.interaction(fields, summaries)).squeeze(1)
+
+
+class Standardise(nn.Module):
+    """Subtract the mean and divide by the standard deviation of each column.
+
+    Args:
+        statistics: ``[2, F]`` mean and standard deviation, kept as a buffer; a column that does not vary is
+            only centred.
+    """
+
+    def __init__(self, statistics: Tensor) -> None:
+        super().__init__()
+        mean, deviation = statistics.float()
+        scale = torch.where(deviation > 0, deviation, 1.0)
+        self.register_buffer("statistics", torch.stack([mean, scale]))
+        self.statistics: Tensor
+
+    def forward(self, dense: Tensor) -> Tensor:
+        """``[B, F]`` -> ``[B, F]``."""
+        return (dense - self.statistics[0]) / self.statistics[1]
 
 
 class DotInteraction(nn.Module):
