@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrec_sid.data import partition
 from torchrec_sid.data.appender import NpyAppender
 from torchrec_sid.data.hashing import hash64, uniform
 from torchrec_sid.data.partition import EXAMPLE, Spill, TimeSketch, hash_bucket
@@ -22,15 +21,13 @@ def test_spill_keeps_records_and_their_order(
     tmp_path_factory: pytest.TempPathFactory, buckets: int, batches: list[int], pending: int
 ) -> None:
     folder = tmp_path_factory.mktemp("spill")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partition, "_PENDING_ROWS", pending)
-        spill, number = Spill(folder, EXAMPLE, buckets), 0
-        for rows in batches:
-            records = np.zeros(rows, EXAMPLE)
-            records["event"] = np.arange(number, number + rows)
-            number += rows
-            spill.add(records, hash_bucket(records["event"], buckets))
-        drained = [records["event"] for records in spill.drain()]
+    spill, number = Spill(folder, EXAMPLE, buckets, pending), 0
+    for rows in batches:
+        records = np.zeros(rows, EXAMPLE)
+        records["event"] = np.arange(number, number + rows)
+        number += rows
+        spill.add(records, hash_bucket(records["event"], buckets))
+    drained = [records["event"] for records in spill.drain()]
     assert len(drained) == buckets
     assert sorted(np.concatenate(drained)) == list(range(number))
     for bucket, events in enumerate(drained):

@@ -47,9 +47,6 @@ NO_TIME = np.iinfo(np.int64).min
 """Time of a history entry of which only the order is known."""
 
 
-_PENDING_ROWS = 1 << 18
-
-
 class Spill:
     """One append-only file of records per bucket.
 
@@ -57,21 +54,22 @@ class Spill:
         folder: made if it is not there.
         dtype: structured dtype of the records.
         buckets: how many.
+        pending_rows: records held back, so that small batches do not open a file for a few rows each.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype[np.void], buckets: int) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype[np.void], buckets: int, pending_rows: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.dtype = dtype
         self.paths = [folder / f"{bucket:05d}.bin" for bucket in range(buckets)]
+        self.pending_rows = pending_rows
         self._pending: list[tuple[Array, Array]] = []
-        self._pending_rows = 0
+        self._held = 0
 
     def add(self, records: Array, bucket: Array) -> None:
         """Append ``records [n]`` to their buckets ``[n]``, keeping their order within each."""
         self._pending.append((records, bucket))
-        self._pending_rows += len(records)
-        # With many buckets, small batches would open a file for a few rows each.
-        if self._pending_rows >= _PENDING_ROWS:
+        self._held += len(records)
+        if self._held >= self.pending_rows:
             self.flush()
 
     def flush(self) -> None:
@@ -80,7 +78,7 @@ class Spill:
             return
         records = np.concatenate([r for r, _ in self._pending])
         bucket = np.concatenate([b for _, b in self._pending])
-        self._pending, self._pending_rows = [], 0
+        self._pending, self._held = [], 0
         order = np.argsort(bucket, kind="stable")
         ends = np.cumsum(np.bincount(bucket, minlength=len(self.paths)))
         for path, begin, end in zip(self.paths, np.append(0, ends[:-1]), ends, strict=True):
@@ -108,7 +106,7 @@ class TimeSketch:
     ``capacity`` and ``capacity`` of them.
     """
 
-    def __init__(self, capacity: int = 1 << 20) -> None:
+    def __init__(self, capacity: int = 1 << 18) -> None:
         self.capacity = capacity
         self.stride = 1
         self._seen = 0

@@ -184,13 +184,13 @@ class _Preparation:
         }
 
     def _partition_by_user(self, store: StoreWriter) -> tuple[Spill, dict[str, int] | None]:
-        by_user = Spill(self.spill / "users", EVENT, self.buckets)
+        by_user = Spill(self.spill / "users", EVENT, self.buckets, self.config.bucket_rows)
         if self.reader.key is None:
             for events in self.reader:
                 by_user.add(events, hash_bucket(events["user"], self.buckets))
             return by_user, None
         histories = ExplicitHistories(self.folder, self.reader.key, self.release > 0)
-        keyed = Spill(self.spill / "keys", EVENT, self.buckets)
+        keyed = Spill(self.spill / "keys", EVENT, self.buckets, self.config.bucket_rows)
         rows = histories.partition(keyed, self.spill / "histories")
         for events in self.reader:
             # Events without a key need no partner: spread them.
@@ -201,7 +201,7 @@ class _Preparation:
     def _examples(
         self, by_user: Spill, store: StoreWriter, starts: list[int], buckets: TimeBuckets
     ) -> Spill:
-        by_time = Spill(self.spill / "times", EXAMPLE, len(buckets))
+        by_time = Spill(self.spill / "times", EXAMPLE, len(buckets), self.config.bucket_rows)
         for events in by_user.drain():
             if not self.reader.has_split:
                 events["split"] = np.searchsorted(np.array(starts), events["ts"], side="right")
