@@ -24,7 +24,7 @@ def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | N
     parser.add_class_arguments(kind, None)
     arguments = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     parsed = parser.instantiate_classes(parser.parse_args(arguments))
-    values = {name: value for name, value in vars(parsed).items() if name != "config"}
+    values = {name: value for name, value in parsed.as_dict().items() if name != "config"}
     return kind(**values)
 
 

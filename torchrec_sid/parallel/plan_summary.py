@@ -62,6 +62,10 @@ class TablePlan:
     compute_kernel: str
     ranks: tuple[int, ...]
     """That hold a shard."""
+    pooled: bool
+    """Whether one vector per sample travels, or one per id."""
+    column_shards: int
+    """Shards side by side; 1 unless sharded by column."""
     pooling_factors: tuple[float, ...]
     """Mean ids per sample of each feature, as planned with."""
     hbm_bytes: int
@@ -179,6 +183,8 @@ def _table_plan(option: Any, table: Table, time: StepTime) -> TablePlan:
         sharding_type=option.sharding_type,
         compute_kernel=option.compute_kernel,
         ranks=tuple(sorted({shard.rank for shard in option.shards})),
+        pooled=table.pooled,
+        column_shards=len({shard.offset[1] for shard in option.shards}),
         pooling_factors=tuple(float(x) for x in option.input_lengths),
         hbm_bytes=sum(shard.storage.hbm for shard in option.shards),
         ddr_bytes=sum(shard.storage.ddr for shard in option.shards),

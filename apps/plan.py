@@ -1,0 +1,214 @@
+"""Plan the sharding of a ranking model before paying for a GPU.
+
+`python -m apps.plan --world-size 128 --items 1000000000 --output DIR` needs no GPU, no process group and no
+table in memory. It prints the plan and writes DIR/plan.json (for `apps.train --plan`), DIR/report.json and
+DIR/report.html.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from apps.cli import parse_config
+from apps.plan_arms import PLAN_ARMS, LogSizes, PlanInputs
+from apps.plan_compare import compare_arms
+from apps.plan_report import plan_page, side_by_side_table
+from torchrec_sid.artifact import write_atomically, write_json
+from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.errors import SidError
+from torchrec_sid.models.build import RankingConfig
+from torchrec_sid.parallel.optimizer import TableOptimizer
+from torchrec_sid.parallel.plan_file import save_plan
+from torchrec_sid.parallel.plan_summary import format_summary
+from torchrec_sid.parallel.planner_config import PlannerConfig
+from torchrec_sid.parallel.planner_file import load_planner_config, planner_config_to_json
+from torchrec_sid.parallel.planning import make_plan, resolve_topology
+from torchrec_sid.parallel.tables import find_tables, table_parameters
+from torchrec_sid.parallel.wire import wire_bytes
+from torchrec_sid.spec import SidSpec
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What to plan for."""
+
+    output: str
+    """Folder for plan.json, report.json and report.html."""
+    world_size: int | None = None
+    """Processes; default: the planner file's, or 8."""
+    items: int = 100_000_000
+    """Items, unless a prepared log says."""
+    model: RankingConfig = field(
+        default_factory=lambda: RankingConfig(dim=64, history_length=256, table_rows=50_000_000)
+    )
+    """The model, as in apps.train; its arm is one of full_id, hashed_prefix, sentence_piece, side."""
+    tables: TableOptimizer = field(default_factory=TableOptimizer)
+    """Optimizer of the tables: its state takes memory."""
+    batch_size: int | None = None
+    """Rows per rank and step; default: the planner file's."""
+    planner: str | None = None
+    """Planner configuration, YAML or TOML."""
+    node: str | None = None
+    """Preset of the nodes, e.g. h100_80gb; default: the planner file's."""
+    device: str | None = None
+    """cuda or cpu; default: the planner file's."""
+    prepared: str | None = None
+    """A prepared log: its items, actions and dense features, so that the plan fits apps.train on it."""
+    catalog: str | None = None
+    """A SidCatalog: the shape of its SIDs."""
+    cardinalities: tuple[int, ...] = (2048, 2048, 2048)
+    """Shape of the SIDs where there is no catalog."""
+    mean_history: float | None = None
+    """Mean events of a history; default: as many as the model keeps."""
+    pieces: int = 10_000_000
+    """Vocabulary of the SentencePiece arm."""
+    pieces_per_item: float = 2.0
+    """Mean pieces of one item's SID."""
+    side_digits: int = 25
+    """Trits of the SIDE arm's SIDs."""
+    compare_items: tuple[int, ...] = (10**6, 10**7, 10**8, 10**9)
+    """Numbers of items of the side by side; empty: none."""
+
+    def __post_init__(self) -> None:
+        if self.model.arm not in PLAN_ARMS:
+            raise SidError("model.arm", f"{self.model.arm!r}", f"Plan one of {', '.join(PLAN_ARMS)}.")
+        for name in ("items", "pieces", "pieces_per_item", "side_digits"):
+            if getattr(self, name) <= 0:
+                raise SidError(name, str(getattr(self, name)), "It must be above 0.")
+
+
+def main() -> None:
+    """Command line."""
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    config = parse_config(PlanConfig, __doc__)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a log file has room for the whole table
+    try:
+        report = plan(config)
+    except SidError as error:
+        sys.exit(str(error))
+    console.print((Path(config.output) / "plan.txt").read_text(), soft_wrap=True, highlight=False)
+    if report["side_by_side"]:
+        console.print(_terminal_table(report["side_by_side"]))
+    console.print(
+        f"plan: {Path(config.output) / 'plan.json'}   report: {Path(config.output) / 'report.html'}"
+    )
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Plan and write everything into ``config.output``.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        SidError: a file that cannot be read, a constraint that cannot be met, tables that do not fit.
+    """
+    planner = planner_for(config)
+    inputs = plan_inputs(config)
+    built = PLAN_ARMS[config.model.arm](inputs, inputs.log.items)
+    tables = find_tables(built.module)
+    config.tables.mark(table_parameters(built.module, tables).values())
+    planned = make_plan(built.module, planner, feature_lengths=built.feature_lengths)
+    local = planner.topology.local_world_size or 1
+    wire = wire_bytes(planned.summary, planner.batch_size, local)
+    report = {
+        "command": shlex.join(["python", "-m", "apps.plan", *sys.argv[1:]]),
+        "config": asdict(config),
+        "planner": planner_config_to_json(planner),
+        "summary": planned.summary.to_json(),
+        "wire_bytes": {**wire._asdict(), "total": wire.total},
+        "bytes_per_event": built.bytes_per_event,
+        "side_by_side": compare_arms(inputs, config.compare_items, planner, config.tables),
+        "assumptions": _assumptions(config, planner, inputs),
+    }
+    output = Path(config.output)
+    text = (
+        f"{format_summary(planned.summary)}\nover the wire {wire.total / 2**20:,.0f} MiB a step, all ranks"
+    )
+    save_plan(output / "plan.json", planned.plan)
+    write_json(output / "report.json", report)
+    write_atomically(output / "plan.txt", lambda path: path.write_text(f"{text}\n"))
+    write_atomically(output / "torchrec.txt", lambda path: path.write_text(planned.report + "\n"))
+    write_atomically(output / "report.html", lambda path: path.write_text(plan_page(report, text)))
+    return report
+
+
+def planner_for(config: PlanConfig) -> PlannerConfig:
+    """The planner file with the options of the command line in it, and a world filled in."""
+    planner = load_planner_config(config.planner) if config.planner else PlannerConfig()
+    file = planner.topology
+    topology = replace(
+        file,
+        node=config.node or file.node,
+        device=config.device or file.device,
+        world_size=config.world_size or file.world_size,
+    )
+    if topology.world_size is None:
+        topology = replace(topology, world_size=8)
+    return replace(
+        planner,
+        topology=resolve_topology(topology, None),
+        batch_size=config.batch_size or planner.batch_size,
+    )
+
+
+def plan_inputs(config: PlanConfig) -> PlanInputs:
+    """The ranker, its log's sizes and its SIDs."""
+    log = LogSizes(config.items, 8, tuple(f"dense_{i}" for i in range(8)))
+    if config.prepared is not None:
+        prepared = PreparedLog.open(config.prepared)
+        log = LogSizes(prepared.items, prepared.actions, prepared.dense_names)
+    spec = SidCatalog.open(config.catalog).spec if config.catalog else SidSpec(config.cardinalities)
+    return PlanInputs(
+        model=config.model,
+        log=log,
+        spec=spec,
+        side_spec=SidSpec((3,) * config.side_digits),
+        pieces=config.pieces,
+        pieces_per_item=config.pieces_per_item,
+        mean_history=config.mean_history or config.model.history_length,
+    )
+
+
+def _assumptions(config: PlanConfig, planner: PlannerConfig, inputs: PlanInputs) -> list[str]:
+    topology = planner.topology
+    hbm, network = topology.value("hbm_gbps"), topology.value("inter_node_gbps")
+    return [
+        f"{planner.batch_size:,} samples per rank and step, {inputs.mean_history:g} events per history.",
+        f"Node {topology.node}: {topology.value('hbm_gib'):g} GiB of HBM at {hbm:,g} GB/s, "
+        f"{topology.value('intra_node_gbps'):g} GB/s within and {network:g} GB/s between nodes. Predicted "
+        "times come from TorchRec's estimator and these peaks: they rank plans.",
+        f"Table optimizer {config.tables.name}; reservation {planner.reservation.kind}.",
+        "planned GiB: weights, optimizer state and buffers of ids, embeddings and gradients, all ranks.",
+        "bytes/event: the item of one history event at rest. wire: ids, embeddings and gradients of tables "
+        "that leave their rank, in the world asked for, without the dense all-reduce, equal for all arms.",
+        f"sentence_piece: {inputs.pieces:,} pieces, {inputs.pieces_per_item:g} per item; hashed_prefix: "
+        f"{inputs.spec.levels} prefixes in at most {config.model.table_rows:,} rows a table; side: "
+        f"{inputs.side_spec.levels} trits, no table.",
+        "GPUs needed: the smallest of 1, 2, 4, 8, 16, ... 1,024 whose memory holds the tables.",
+    ]
+
+
+def _terminal_table(rows: list[dict[str, Any]]) -> Table:
+    lines = side_by_side_table(rows)
+    table = Table(title="the same ranker, four ways to embed an item")
+    for heading in lines[0]:
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
+
+
+if __name__ == "__main__":
+    main()
