@@ -37,9 +37,14 @@ struct Similarity {
 };
 
 inline float lane_sum(F v) {
-  float s = 0;
-  for (int l = 0; l < kLanes; l++) s += v[l];
-  return s;
+  // By halves: a chain of 16 dependent additions would cost more than the product it ends.
+  Lanes<8>::F a[2];
+  std::memcpy(a, &v, sizeof v);
+  a[0] += a[1];
+  Lanes<4>::F b[2];
+  std::memcpy(b, a, sizeof b);
+  b[0] += b[1];
+  return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
 
 inline float lane_max(F v) {
@@ -62,11 +67,10 @@ class User {
   void run(int64_t user) {
     const int64_t begin = p_.offsets[user], end = p_.offsets[user + 1];
     if (begin == end) return;
-    for (int64_t c = 0; c < p_.per_user; c++)
-      decode(p_.candidates + (user * p_.per_user + c) * p_.columns, wanted_ + c * p_.rank);
+    decode(p_.candidates + user * p_.per_user * p_.columns, p_.per_user, wanted_);
     for (int64_t at = begin; at < end; at += tile_) {
       const int n = static_cast<int>(std::min(tile_, end - at));
-      for (int i = 0; i < n; i++) decode(p_.events + (at + i) * p_.columns, units_ + i * p_.rank);
+      decode(p_.events + at * p_.columns, n, units_);
       if (p_.labels) {
         std::copy_n(p_.labels + at, n, label_);
         std::fill(label_ + n, label_ + (n + kLanes - 1) / kLanes * kLanes, 0.0f);
@@ -81,15 +85,39 @@ class User {
   }
 
  private:
-  // Unit vector of an event or candidate; zero stays zero, a byte outside the alphabet gives NaN.
-  void decode(const uint8_t* bytes, float* out) const {
-    F square = F{};
-    for (int64_t k = 0; k < p_.rank; k += kLanes) {
-      F v = F{};
-      for (int64_t c = 0; c < p_.columns; c++) v += load<kLanes>(p_.table + (c * 256 + bytes[c]) * p_.rank + k);
-      store<kLanes>(out + k, v);
-      square += v * v;
+  // Unit vectors of events or candidates; zero stays zero, a byte outside the alphabet gives NaN.
+  void decode(const uint8_t* bytes, int64_t n, float* out) const {
+    switch (p_.rank / kLanes) {  // ranks of up to 96 stay in registers
+      case 1: return decode_all<1>(bytes, n, out);
+      case 2: return decode_all<2>(bytes, n, out);
+      case 3: return decode_all<3>(bytes, n, out);
+      case 4: return decode_all<4>(bytes, n, out);
+      case 5: return decode_all<5>(bytes, n, out);
+      case 6: return decode_all<6>(bytes, n, out);
+      default: return decode_all<0>(bytes, n, out);
     }
+  }
+
+  template <int R>
+  void decode_all(const uint8_t* bytes, int64_t n, float* out) const {
+    constexpr int step = R ? R : 1;
+    for (int64_t i = 0; i < n; i++, bytes += p_.columns, out += p_.rank) {
+      F square = F{};
+      for (int64_t k = 0; k < p_.rank; k += step * kLanes) {
+        const float* rows = p_.table + k;
+        F v[step] = {};
+        for (int64_t c = 0; c < p_.columns; c++, rows += 256 * p_.rank)
+          for (int j = 0; j < step; j++) v[j] += load<kLanes>(rows + bytes[c] * p_.rank + j * kLanes);
+        for (int j = 0; j < step; j++) {
+          store<kLanes>(out + k + j * kLanes, v[j]);
+          square += v[j] * v[j];
+        }
+      }
+      scale_to_unit(square, out);
+    }
+  }
+
+  void scale_to_unit(F square, float* out) const {
     const float norm = std::sqrt(lane_sum(square));
     const float scale = norm > 0 || norm != norm ? 1.0f / norm : 0.0f;
     for (int64_t k = 0; k < p_.rank; k += kLanes) store<kLanes>(out + k, load<kLanes>(out + k) * scale);
