@@ -141,7 +141,7 @@ def test_being_new_does_not_give_the_label_away(tmp_path: Path) -> None:
     short window is there to close.
     """
     folder = drifting_log(tmp_path / "log")
-    short = replace(CONFIG, bucket_rows=1 << 19, negatives=NegativeSampling(4, window=256))
+    short = replace(CONFIG, bucket_rows=1 << 19, block_rows=1024, negatives=NegativeSampling(4, window=256))
     prepare(folder, tmp_path / "short", short)
     cold, warm = cold_rates(tmp_path / "short")
     assert cold == pytest.approx(0.2, abs=0.03) and warm == pytest.approx(0.2, abs=0.03)

@@ -1,0 +1,32 @@
+"""The examples of docs/data.md run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def test_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert (tmp_path / "shop-prepared" / "manifest.json").is_file()
+    assert (tmp_path / "synthetic" / "events.parquet").is_file()
+
+
+def test_the_numbers_of_the_page_are_the_defaults() -> None:
+    from torchrec_sid.data import NegativeSampling, PrepareConfig, SyntheticConfig
+
+    text = PAGE.read_text()
+    assert f"`window` ({NegativeSampling().window:,})" in text
+    assert f"`per_positive` ({NegativeSampling().per_positive})" in text
+    assert f"`block_rows` ({PrepareConfig().block_rows})" in text
+    assert f"`shuffle_window` ({PrepareConfig().shuffle_window:,})" in text
+    assert SyntheticConfig().new_items == 0.4 and SyntheticConfig().category_noise == 0.1
