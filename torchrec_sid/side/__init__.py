@@ -3,6 +3,7 @@
 from torchrec_sid.side.attention import CodeSpaceAttention, CodeSpaceAttentionConfig
 from torchrec_sid.side.basis import FrozenBasis, as_bytes
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
+from torchrec_sid.side.history import HistoryBatch, HistoryStore
 from torchrec_sid.side.similarity import SimilarityConfig, SimilarityFeatures
 from torchrec_sid.side.terms import EventTerms, EventTermsConfig
 
@@ -12,6 +13,8 @@ __all__ = [
     "EventTerms",
     "EventTermsConfig",
     "FrozenBasis",
+    "HistoryBatch",
+    "HistoryStore",
     "SideFeatures",
     "SideFeaturesConfig",
     "SimilarityConfig",
