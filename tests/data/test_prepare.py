@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,28 @@ def test_scratch_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     prepare(folder, out, PLAIN)
     assert not (tmp_path / ".out.work-dead").exists()
     assert not (out / ".spill").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: every write beyond it fails."""
+    folder, out = write_log(tmp_path / "log", random_events(20_000)), tmp_path / "out"
+    program = (
+        "import resource, sys; from torchrec_sid.data import prepare;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); prepare(*sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, str(folder), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "out: cannot be written ([Errno 27] File too large)" in done.stderr
+    assert "Free space, or choose another folder." in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "log"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "log", random_events(100))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SidError, match="cannot be written"):
+        prepare(folder, tmp_path / "file" / "out", PLAIN)
 
 
 def test_never_replaces_something_else(tmp_path: Path) -> None:

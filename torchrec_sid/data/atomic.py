@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import shutil
@@ -10,7 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torchrec_sid.errors import SidError
+
 _log = logging.getLogger(__name__)
+
+
+_CANNOT_WRITE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 
 @contextmanager
@@ -18,15 +33,19 @@ def folder_lock(path: Path) -> Iterator[None]:
     """Hold the exclusive lock of a folder that may not exist yet; others wait.
 
     The lock is the file ``.<name>.lock`` beside the folder; the system frees it when a process dies.
+
+    Raises:
+        SidError: there, or in what runs under the lock, a disk is full or may not be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some network file systems have no locks; the rename at the end is atomic all the same.
-            _log.warning("%s cannot be locked (%s)", path, error)
-        yield
+    with _readable_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                # Some network file systems have no locks; the rename at the end is atomic all the same.
+                _log.warning("%s cannot be locked (%s)", path, error)
+            yield
 
 
 @contextmanager
@@ -47,3 +66,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         done.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise SidError(
+            str(path), f"cannot be written ({error})", "Free space, or choose another folder."
+        ) from error

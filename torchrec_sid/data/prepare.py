@@ -116,7 +116,7 @@ def prepare(
 
 def _reusable(out: Path, mark: str) -> PreparedLog | None:
     if not (out / MANIFEST).is_file():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise SidError(str(out), "holds something that is not a prepared log", "Choose another folder.")
         return None
     found = PreparedLog.open(out)

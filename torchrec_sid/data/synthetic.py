@@ -52,7 +52,7 @@ def write_synthetic(path: str | Path, config: SyntheticConfig | None = None) -> 
     config = config or SyntheticConfig()
     path = Path(path)
     recipe = json.loads(json.dumps({"version": _VERSION, "config": asdict(config)}))
-    if path.exists() and any(path.iterdir()) and not (path / RECIPE).is_file():
+    if path.exists() and not (path / RECIPE).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise SidError(str(path), "holds something that is not a synthetic log", "Choose another folder.")
     with folder_lock(path):
         if not (path / RECIPE).is_file() or json.loads((path / RECIPE).read_text()) != recipe:
