@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from apps.cli import parse_config
 from apps.launch import launch_training
+from apps.plots import plot_sids
 from apps.report import markdown_table, summarise_arm, terminal_table, write_report
 from apps.session import TrainConfig
 from torchrec_sid.artifact import write_json
@@ -66,9 +69,12 @@ def main() -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     config = parse_config(CompareConfig, __doc__)
-    report = compare(config, Console())
-    Console().print(terminal_table(report))
-    Console().print(f"report: {Path(config.output) / 'report.html'}")
+    console = Console()
+    report = compare(config, console)
+    if not console.is_terminal:  # a log has no width: do not cut the table
+        console = Console(width=160)
+    console.print(terminal_table(report))
+    console.print(f"report: {Path(config.output) / 'report.html'}")
 
 
 def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
@@ -88,7 +94,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         log = prepare(data, output / "prepared", PrepareConfig())
     with console.status("learning SIDs"):
         catalog = _learn_sids(config, data, log, output / "sids")
-    runs = _train_all(config, data, catalog, output, console)
+    runs = _train_all(config, data, log, catalog, output, console)
     report = {
         "dataset": data.name,
         "world_size": config.processes,
@@ -109,24 +115,30 @@ def _synthesise(config: CompareConfig, path: Path, console: Console) -> Path:
     return path
 
 
-def _learn_sids(config: CompareConfig, data: Path, log: PreparedLog, output: Path) -> Path:
+def _learn_sids(config: CompareConfig, data: Path, log: PreparedLog, output: Path) -> SidCatalog:
     """Fit on the items of the training period, as in production; encode the later ones like new items."""
     folder = LogFolder.open(data)
-    matrix = torch.from_numpy(folder.embedding_matrix(config.source)[:]).float()
+    matrix = torch.from_numpy(np.array(folder.embedding_matrix(config.source))).float()
     seen = torch.from_numpy(log.item_train_events > 0)
     quantizer = ResidualKMeans(matrix.shape[1], config.quantizer)
     quantizer.fit(matrix[seen])
     mark = quantizer.save(output / "quantizer.safetensors")
     held_out = matrix if bool(seen.all()) else matrix[~seen]
-    write_json(output / "quality.json", quantizer.quality(held_out).to_dict())
-    catalog = output / "catalog"
+    quality = quantizer.quality(held_out).to_dict()
+    write_json(output / "quality.json", quality)
+    plot_sids(quality, output / "sid_quality.png")
     codes = quantizer.encode(matrix)
-    SidCatalog.create(catalog, quantizer.spec, log.item_ids, codes, mark, overwrite=True)
-    return catalog
+    path = output / "catalog"
+    return SidCatalog.create(path, quantizer.spec, log.item_ids, codes, mark, overwrite=True)
 
 
 def _train_all(
-    config: CompareConfig, data: Path, catalog: Path, output: Path, console: Console
+    config: CompareConfig,
+    data: Path,
+    log: PreparedLog,
+    catalog: SidCatalog,
+    output: Path,
+    console: Console,
 ) -> dict[str, list[dict[str, Any]]]:
     """Arm name -> the metrics of its seeds. Seeds outermost, so that drift of the machine is shared."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.arms}
@@ -147,19 +159,34 @@ def _train_all(
                     data=str(data),
                     output=str(output / "runs" / f"{name}-seed{seed}"),
                     prepared=str(output / "prepared"),
-                    catalog=str(catalog) if arm_named(name).needs_catalog else None,
+                    catalog=str(catalog.path) if arm_named(name).needs_catalog else None,
                     source=config.source,
                     model=replace(config.model, arm=name),
                     batch_size=config.batch_size,
                     evaluate_on=config.evaluate_on,
                     seed=seed,
                 )
-                launch_training(
-                    run, config.processes, on_line=lambda line: bar.update(task, note=_note(line))
-                )
+                marks = {"log": log.fingerprint, "catalog": catalog.fingerprint}
+                if not _is_done(run, config.processes, marks):
+                    launch_training(
+                        run, config.processes, on_line=lambda line: bar.update(task, note=_note(line))
+                    )
                 runs[name].append(json.loads((Path(run.output) / "metrics.json").read_text()))
                 bar.advance(task)
     return runs
+
+
+def _is_done(run: TrainConfig, processes: int, marks: dict[str, str]) -> bool:
+    """Whether an earlier comparison finished this run; one that it began is resumed, any other removed."""
+    output = Path(run.output)
+    stamp = output / "comparison.json"
+    wanted = json.loads(json.dumps({"config": asdict(run), "processes": processes, **marks}))
+    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        return (output / "metrics.json").is_file()
+    if output.exists():
+        shutil.rmtree(output)
+    write_json(stamp, wanted)
+    return False
 
 
 def _note(line: str) -> str:

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -189,7 +190,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         metadata={"config": asdict(config), "world_size": ranks.size},
         pipelined=config.pipelined,
     )
-    sids = None if catalog is None else catalog.lookup(torch.from_numpy(log.item_ids[:]))
+    sids = None if catalog is None else catalog.lookup(torch.from_numpy(np.array(log.item_ids)))
     return Session(config, ranks, log, ranking, sharded, loop, identity, parameters, sids)
 
 
@@ -218,4 +219,4 @@ def _content(config: TrainConfig) -> Tensor | None:
     if not arm_named(config.model.arm).needs_content:
         return None
     matrix = LogFolder.open(config.data).embedding_matrix(config.source)
-    return torch.from_numpy(matrix[:])
+    return torch.from_numpy(np.array(matrix))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ logger = logging.getLogger("apps.train")
 def main() -> None:
     """Entry point of each process."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # TorchRec calls torch functions that warn on every step; its users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("apps", "torchrec_sid"):
         logging.getLogger(name).setLevel(logging.INFO)
     config = parse_config(TrainConfig, __doc__)
