@@ -116,6 +116,9 @@ class PlanSummary:
         }
 
 
+_HOST_KERNELS = ("fused_uvm", "fused_uvm_caching", "key_value")
+
+
 def summarise(
     options: Sequence[Any], tables: Mapping[str, Table], topology: Any, reserved: Any
 ) -> PlanSummary:
@@ -163,6 +166,12 @@ def format_summary(summary: PlanSummary) -> str:
         lines.append(
             f"{table.name[:32]:32} {table.rows:13,} {table.dim:5} {table.sharding_type:>18} "
             f"{table.compute_kernel:>17} {ranks:>9} {held / 2**30:7.2f} GiB"
+        )
+    spilled = [table.name for table in summary.tables if table.compute_kernel in _HOST_KERNELS]
+    if spilled:
+        lines.append(
+            f"{len(spilled)} tables live in host memory ({', '.join(spilled[:5])}): allow compute_kernels "
+            "fused alone to forbid it"
         )
     time = summary.step_time
     fullest = max((load.hbm_bytes + load.ddr_bytes for load in summary.ranks), default=0)

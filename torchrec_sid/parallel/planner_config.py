@@ -24,7 +24,7 @@ SHARDING_TYPES = (
 )
 COMPUTE_KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching", "key_value")
 DEVICES = ("cuda", "cpu")
-PROPOSERS = ("grid", "greedy", "greedy_flat", "uniform", "dynamic_programming", "embedding_offload")
+PROPOSERS = ("grid", "greedy", "greedy_flat", "uniform", "dynamic_programming")
 PARTITIONERS = ("greedy_perf", "memory_balanced")
 RESERVATIONS = ("heuristic", "percentage", "fixed")
 BOUNDS_CHECKS = ("fatal", "warning", "ignore", "none")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
 from torchrec.distributed.planner.proposers import (
     DynamicProgrammingProposer,
-    EmbeddingOffloadScaleupProposer,
     GreedyProposer,
     GridSearchProposer,
     UniformProposer,
@@ -32,6 +31,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ShardingPlan
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.constraints import match_constraints, model_pooling_factors, resolve_constraints
@@ -50,7 +50,6 @@ _PROPOSERS = {
     "greedy_flat": lambda: GreedyProposer(use_depth=False),
     "uniform": UniformProposer,
     "dynamic_programming": DynamicProgrammingProposer,
-    "embedding_offload": EmbeddingOffloadScaleupProposer,
 }
 
 
@@ -110,6 +109,23 @@ def make_plan(
     factors = model_pooling_factors(model, feature_lengths)
     tables = find_tables(model)
     return ranks.first(lambda: _plan(model, config, tables, factors), where="sharding plan")
+
+
+def measure_feature_lengths(batches: Iterable[KeyedJaggedTensor]) -> dict[str, float]:
+    """Mean ids per sample of each feature, over some batches: what :func:`make_plan` wants to know.
+
+    Raises:
+        SidError: no batch, or batches without samples.
+    """
+    samples, totals = 0, dict[str, float]()
+    for batch in batches:
+        samples += batch.stride()
+        counts = batch.lengths().view(len(batch.keys()), -1).sum(dim=1).tolist()
+        for name, count in zip(batch.keys(), counts, strict=True):
+            totals[name] = totals.get(name, 0.0) + count
+    if samples == 0:
+        raise SidError("feature lengths", "no batch with a sample", "Pass a few batches of training data.")
+    return {name: total / samples for name, total in totals.items()}
 
 
 def resolve_topology(
@@ -226,7 +242,7 @@ def _reservation(config: PlannerConfig, model: nn.Module, tables: Mapping[str, T
 
 def _explain(error: Exception, config: PlannerConfig, weight_bytes: int) -> SidError:
     kind = getattr(error, "error_type", None)
-    if kind is None or kind.value not in ("insufficient_storage", "partition"):
+    if kind is None or kind.value not in ("insufficient_storage", "partition", "strict_constraints"):
         return SidError("sharding plan", str(error).strip().splitlines()[0], "Change the constraints.")
     topology = config.topology
     memory = topology.value("hbm_gib" if topology.device == "cuda" else "ddr_gib")
