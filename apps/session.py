@@ -73,6 +73,8 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     asynchronous_checkpoints: bool = False
     """Write checkpoints in the background."""
+    profile: int = 0
+    """Steps to profile; writes traces and their parts to OUTPUT/profile."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
     )
     parameters = sum(p.numel() for p in ranking.module.parameters())
     planner = load_planner_config(config.planner) if config.planner else PlannerConfig()
-    lengths = dict.fromkeys(("history", "history_sid"), _mean_history(config.model, log))
+    lengths = dict.fromkeys(("history", "history_sid"), mean_history(config.model, log))
     sharded = shard_model(
         ranking.module,
         load_plan(config.plan) if config.plan else planner,
@@ -208,7 +210,7 @@ def _open_catalog(config: TrainConfig) -> SidCatalog | None:
     return SidCatalog.open(config.catalog)
 
 
-def _mean_history(config: RankingConfig, log: PreparedLog) -> float:
+def mean_history(config: RankingConfig, log: PreparedLog) -> float:
     """Mean events per example in the first training rows, for the planner."""
     rows = min(4096, log.rows("train"))
     batch = BatchConfig(rows, config.history_length, ("history_action",))

@@ -26,6 +26,7 @@ from torchrec_sid.doctor import find_versions
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.plan_file import save_plan
 from torchrec_sid.training.loop import TrainResult
+from torchrec_sid.training.profile import StepProfiler
 from torchrec_sid.training.progress import TrainingProgress
 
 logger = logging.getLogger("apps.train")
@@ -86,8 +87,13 @@ def _run(session: Session, output: Path) -> TrainResult:
     total = session.read("train").batches * config.epochs
     total = min(total, config.max_steps or total)
     board = SummaryWriter(str(output / "tensorboard")) if first else None
+    profiler = (
+        StepProfiler(output / "profile", config.profile, session.ranks.rank) if config.profile else None
+    )
 
     def on_step(step: int, out: RankingOutput) -> None:
+        if profiler is not None:
+            profiler.step()
         if board is not None and step % 20 == 0:
             board.add_scalar("train/loss", float(out.loss), step)
 
@@ -99,6 +105,8 @@ def _run(session: Session, output: Path) -> TrainResult:
             progress=progress,
             on_step=on_step,
         )
+    if profiler is not None:
+        profiler.close()
     if board is not None:
         board.close()
     return result
@@ -114,14 +122,22 @@ def _describe_run(session: Session, output: Path) -> None:
 
 def _costs(session: Session, result: TrainResult) -> dict[str, Any]:
     ranks, ranking = session.ranks, session.ranking
-    peaks = ranks.all(lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, where="memory")
+    each = ranks.all(
+        lambda: {
+            "examples_per_second": result.examples / result.seconds if result.steps else 0.0,
+            "data_wait_seconds": result.data_wait,
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        },
+        where="costs",
+    )
     return {
         "arm": ranking.arm.name,
         "world_size": ranks.size,
         "steps": result.position.step,
-        "examples_per_second": result.examples * ranks.size / result.seconds if result.steps else 0.0,
+        "examples_per_second": sum(rank["examples_per_second"] for rank in each),
         "train_seconds": result.seconds,
-        "peak_rss_mb": max(peaks) / 1024,
+        "peak_rss_mb": max(rank["peak_rss_mb"] for rank in each),
+        "ranks": each,
         "bytes_per_event": ranking.arm.bytes_per_event(ranking.inputs),
         "table_rows": session.table_rows,
         "trained_parameters": session.trained_parameters,

@@ -53,6 +53,8 @@ class TrainResult(NamedTuple):
     """Wall-clock seconds spent in them."""
     examples: int
     """Examples that this rank trained on."""
+    data_wait: float
+    """Seconds of them that this rank waited for its reader."""
 
 
 class TrainingLoop:
@@ -127,11 +129,11 @@ class TrainingLoop:
             on_step: called after each step with its number (from 1) and output.
         """
         self.model.train()
-        first, started, examples = self.position.step, time.perf_counter(), 0
+        first, started, examples, waits = self.position.step, time.perf_counter(), 0, _Waits()
         while self.position.epoch < epochs:
             limit = None if max_steps is None else max_steps - self.position.step
             batches = open_epoch(self.position.epoch, self.position.batch)
-            for output in self._progress(itertools.islice(batches, limit)):
+            for output in self._progress(waits.watch(itertools.islice(batches, limit))):
                 self._advance()
                 examples += len(output.labels)
                 step = self.position.step
@@ -150,7 +152,7 @@ class TrainingLoop:
         seconds = time.perf_counter() - started
         if steps:
             self.save()
-        return TrainResult(self.position, steps, seconds, examples)
+        return TrainResult(self.position, steps, seconds, examples, waits.seconds)
 
     def save(self) -> None:
         """Write a checkpoint of the current position, unless there is one already."""
@@ -199,6 +201,25 @@ class TrainingLoop:
             except StopIteration:
                 return
             yield output
+
+
+class _Waits:
+    """Time spent waiting for the next item of an iterator."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, items: Iterable[RankingBatch]) -> Iterator[RankingBatch]:
+        iterator = iter(items)
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield item
 
 
 def _world_size() -> int:
