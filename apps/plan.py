@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +22,7 @@ from apps.cli import parse_config
 from apps.plan_arms import PLAN_ARMS, LogSizes, PlanInputs
 from apps.plan_compare import compare_arms
 from apps.plan_report import plan_page, side_by_side_table
+from apps.session import mean_history
 from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
@@ -35,6 +37,8 @@ from torchrec_sid.parallel.planning import make_plan, resolve_topology
 from torchrec_sid.parallel.tables import find_tables, table_parameters
 from torchrec_sid.parallel.wire import wire_bytes
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.tables.pieces import SidPieces
+from torchrec_sid.tables.tokenizer import SidTokenizer
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,13 @@ class PlanConfig:
     cardinalities: tuple[int, ...] = (2048, 2048, 2048)
     """Shape of the SIDs where there is no catalog."""
     mean_history: float | None = None
-    """Mean events of a history; default: as many as the model keeps."""
+    """Mean events of a history; default: measured in the prepared log, else as many as the model keeps."""
     pieces: int = 10_000_000
     """Vocabulary of the SentencePiece arm."""
     pieces_per_item: float = 2.0
     """Mean pieces of one item's SID."""
+    pieces_model: str | None = None
+    """A SidPieces file, with --catalog: gives both numbers, over the items of the catalog."""
     side_digits: int = 25
     """Trits of the SIDE arm's SIDs."""
     compare_items: tuple[int, ...] = (10**6, 10**7, 10**8, 10**9)
@@ -84,16 +90,18 @@ class PlanConfig:
         for name in ("items", "pieces", "pieces_per_item", "side_digits"):
             if getattr(self, name) <= 0:
                 raise SidError(name, str(getattr(self, name)), "It must be above 0.")
+        if self.pieces_model is not None and self.catalog is None:
+            raise SidError("pieces_model", "without a catalog", "Pass --catalog, whose items are cut.")
 
 
 def main() -> None:
     """Command line."""
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
-    config = parse_config(PlanConfig, __doc__)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log file has room for the whole table
     try:
+        config = parse_config(PlanConfig, __doc__)
         report = plan(config)
     except SidError as error:
         sys.exit(str(error))
@@ -166,19 +174,40 @@ def planner_for(config: PlanConfig) -> PlannerConfig:
 def plan_inputs(config: PlanConfig) -> PlanInputs:
     """The ranker, its log's sizes and its SIDs."""
     log = LogSizes(config.items, 8, tuple(f"dense_{i}" for i in range(8)))
+    history = config.mean_history or config.model.history_length
     if config.prepared is not None:
         prepared = PreparedLog.open(config.prepared)
         log = LogSizes(prepared.items, prepared.actions, prepared.dense_names)
-    spec = SidCatalog.open(config.catalog).spec if config.catalog else SidSpec(config.cardinalities)
+        history = config.mean_history or mean_history(config.model, prepared)
+    catalog = SidCatalog.open(config.catalog) if config.catalog else None
+    pieces, per_item = config.pieces, config.pieces_per_item
+    if config.pieces_model is not None and catalog is not None:
+        pieces, per_item = measure_pieces(config.pieces_model, catalog)
     return PlanInputs(
         model=config.model,
         log=log,
-        spec=spec,
+        spec=catalog.spec if catalog else SidSpec(config.cardinalities),
         side_spec=SidSpec((3,) * config.side_digits),
-        pieces=config.pieces,
-        pieces_per_item=config.pieces_per_item,
-        mean_history=config.mean_history or config.model.history_length,
+        pieces=pieces,
+        pieces_per_item=per_item,
+        mean_history=history,
     )
+
+
+def measure_pieces(path: str, catalog: SidCatalog, sample: int = 100_000) -> tuple[int, float]:
+    """Pieces of a vocabulary, and how many of them an item of the catalog is on average.
+
+    Args:
+        path: a SidPieces file.
+        catalog: whose items are cut, at most ``sample`` of them, evenly spread.
+        sample: see above.
+    """
+    pieces = SidPieces.load(path)
+    if pieces.spec != catalog.spec:
+        raise SidError(path, "was trained on SIDs of another shape", "Pass the catalog it was trained on.")
+    ids = torch.as_tensor(catalog.item_ids())
+    packed = torch.as_tensor(catalog.lookup(ids[:: max(1, len(ids) // sample)]))
+    return len(pieces), float(SidTokenizer(pieces)(packed).counts.double().mean())
 
 
 def _assumptions(config: PlanConfig, planner: PlannerConfig, inputs: PlanInputs) -> list[str]:
