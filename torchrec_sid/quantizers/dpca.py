@@ -14,7 +14,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
 from torchrec_sid.quantizers.alphabet import RoundDigits
 from torchrec_sid.quantizers.beam import beam_search
-from torchrec_sid.quantizers.dpca_encode import encode_digits, gram_similarity
+from torchrec_sid.quantizers.dpca_encode import code_tables, encode_digits, gram_similarity
 from torchrec_sid.quantizers.dpca_fit import (
     ResidualSource,
     SampledResiduals,
@@ -161,10 +161,7 @@ class DiscretePca(Quantizer):
 
     def code_tables(self) -> tuple[Tensor, ...]:
         """Per level, ``[K_l, d]``: ``x_hat = mean + sum_l tables[l][codes[:, l]]``, whatever the stages."""
-        digits = [
-            torch.arange(-(a // 2), a // 2 + 1, device=self.basis.device)[:, None] * row
-            for a, row in zip(self.alphabets, self.basis, strict=True)
-        ]
+        digits = code_tables(self.basis, self.alphabets)
         return (*(codebook for codebook, _ in self._codebooks()), *digits)
 
     def stages(self) -> tuple[Stage, ...]:

@@ -54,6 +54,14 @@ def encode_digits(residual: Tensor, basis: Tensor, stages: Sequence[tuple[int, i
     return DigitLevels(torch.cat(digits, dim=1), left.clamp(min=0))
 
 
+def code_tables(basis: Tensor, alphabets: Sequence[int]) -> tuple[Tensor, ...]:
+    """Per digit, the vectors ``[K, d]`` that its codes 0 .. K - 1 stand for."""
+    return tuple(
+        torch.arange(-(a // 2), a // 2 + 1, device=basis.device)[:, None] * row
+        for a, row in zip(alphabets, basis, strict=True)
+    )
+
+
 def gram_similarity(digits: Tensor, others: Tensor, basis: Tensor, *, cosine: bool) -> Tensor:
     """``q D^T D q'`` of digits ``[N, C]`` and ``[M, C]``, over the norms if ``cosine``: ``[N, M]``.
 

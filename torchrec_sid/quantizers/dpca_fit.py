@@ -128,9 +128,22 @@ class FittedStage(NamedTuple):
     """``E[r' r'^T]`` of the residuals that the stage leaves, ``[d, d]`` float64."""
 
 
-class _Moments(NamedTuple):
-    cross: Tensor  # M = E[r q^T], [d, m] float64
-    square: Tensor  # S = E[q q^T], [m, m] float64
+class DigitMoments(NamedTuple):
+    """What the best decoder of given digits depends on."""
+
+    cross: Tensor
+    """``M = E[r q^T]``, ``[d, m]`` float64."""
+    square: Tensor
+    """``S = E[q q^T]``, ``[m, m]`` float64."""
+
+
+class TiedDecoder(NamedTuple):
+    """What :func:`best_decoder` returns."""
+
+    directions: Tensor
+    """V^T, ``[m, d]`` float64, orthonormal rows."""
+    scales: Tensor
+    """s, ``[m]`` float64, not negative."""
 
 
 def fit_stage(
@@ -155,7 +168,7 @@ def fit_stage(
     stage = _stage(directions, scales, alphabet)
     moments = _moments(source, stage)
     for _ in range(refine):
-        directions, scales = _best_decoder(moments, directions, scales)
+        directions, scales = best_decoder(moments, directions, scales)
         stage = _stage(directions, scales, alphabet)
         moments = _moments(source, stage)
     decoder = (directions * scales[:, None]).T
@@ -195,7 +208,14 @@ def top_directions(covariance: Tensor, count: int) -> Tensor:
     return (vectors * vectors.gather(0, largest).sign()).T.contiguous()
 
 
-def _best_decoder(moments: _Moments, directions: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+def best_decoder(moments: DigitMoments, directions: Tensor, scales: Tensor) -> TiedDecoder:
+    """One alternation: the best directions for these scales, then the best scales for those.
+
+    Args:
+        moments: of the digits that the current decoder gives.
+        directions: ``[m, d]`` float64, the current ones; kept where a digit of scale 0 has no moments.
+        scales: ``[m]`` float64.
+    """
     left, _, right = torch.linalg.svd(moments.cross * scales, full_matrices=False)
     alive = scales > 0
     # A digit that is always 0 has no moments: its direction only has to stay orthonormal.
@@ -203,14 +223,14 @@ def _best_decoder(moments: _Moments, directions: Tensor, scales: Tensor) -> tupl
     energy = moments.square.diagonal()
     fitted = (polar * moments.cross.T).sum(1) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
     fitted = torch.where(energy > 0, fitted, scales)
-    return polar * torch.where(fitted < 0, -1.0, 1.0)[:, None], fitted.abs()
+    return TiedDecoder(polar * torch.where(fitted < 0, -1.0, 1.0)[:, None], fitted.abs())
 
 
 def _stage(directions: Tensor, scales: Tensor, alphabet: int) -> TiedStage:
     return TiedStage(directions.float(), scales.float(), RoundDigits(alphabet).alphabet)
 
 
-def _moments(source: ResidualSource, stage: TiedStage) -> _Moments:
+def _moments(source: ResidualSource, stage: TiedStage) -> DigitMoments:
     digits, dim = stage.directions.shape
     device = stage.directions.device
     cross = torch.zeros(dim, digits, dtype=torch.float64, device=device)
@@ -221,4 +241,4 @@ def _moments(source: ResidualSource, stage: TiedStage) -> _Moments:
         cross += (residual.T @ q).double()
         square += (q.T @ q).double()
         rows += len(residual)
-    return _Moments(cross / rows, square / rows)
+    return DigitMoments(cross / rows, square / rows)

@@ -1,0 +1,256 @@
+"""The training loop shared by the gradient quantizers: deterministic, resumable, on one or more ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_sid.artifact import load_artifact, save_artifact
+from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckOutput
+from torchrec_sid.quantizers.ranks import Ranks
+from torchrec_sid.quantizers.shuffle import Position, Rows, ShuffledBatches
+from torchrec_sid.quantizers.usage import CollapseError, UsageMonitor, live_readout
+
+_KIND = "gradient_fit"
+_VERSION = 1
+_MEASUREMENTS = 8
+_READINGS = 40
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast a gradient quantizer trains.
+
+    Raises:
+        SidError: a field out of range.
+    """
+
+    epochs: float = 8.0
+    """Passes over the data."""
+    batch_size: int = 512
+    """Items per step and rank."""
+    learning_rate: float = 1e-3
+    """Adam's, for decoders; warms up over a tenth of the steps (at most 50) and falls to 0 as a cosine."""
+    encoder_rate: float = 0.1
+    """The encoder's learning rate as a fraction: codes are assigned by what it does, so it moves slowly."""
+    buffer_rows: int = 65_536
+    """Items shuffled together, and the sample that the fit starts from."""
+    collapse_below: float = 0.25
+    """Stop once a level's perplexity falls below this fraction of what it was at the start; 0 never."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "buffer_rows"):
+            if getattr(self, name) < 1:
+                raise SidError(name, f"{getattr(self, name)}", "Use 1 or more.")
+        for name in ("epochs", "encoder_rate", "collapse_below"):
+            if not getattr(self, name) >= 0:
+                raise SidError(name, f"{getattr(self, name)}", "Use 0 or more.")
+        if not self.learning_rate > 0:
+            raise SidError("learning_rate", f"{self.learning_rate}", "Use a number above 0, e.g. 1e-3.")
+
+
+class Step(NamedTuple):
+    """What a model makes of a training batch."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    z: Tensor
+    """``[N, d]``, what went into the bottleneck."""
+    quantized: BottleneckOutput
+    """What came out of it."""
+
+
+class Trainee(NamedTuple):
+    """A model as the loop sees it."""
+
+    module: nn.Module
+    """Whose state is trained, checkpointed and kept."""
+    bottleneck: Bottleneck
+    """Part of ``module``."""
+    encoder: list[nn.Parameter]
+    """Parameters that learn at ``encoder_rate`` times the learning rate."""
+    decoder: list[nn.Parameter]
+    """Parameters that learn at the full rate."""
+    step: Callable[[Rows], Step]
+    """The loss of a batch."""
+    measure: Callable[[], float]
+    """Error on a fixed sample, the same on every rank; the state with the lowest one is kept."""
+    manifest: dict[str, Any]
+    """What the fit is of (kind, dim, configuration); a checkpoint of another fit is refused."""
+
+
+class GradientFit:
+    """One run of training, from a start or from a checkpoint.
+
+    Args:
+        trainee: the model, already at its start.
+        batches: this rank's data.
+        config: see :class:`TrainingConfig`.
+        steps: optimizer steps in total, the same on every rank.
+        ranks: the processes of the fit.
+        seed: of dead-code resets.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        batches: ShuffledBatches,
+        config: TrainingConfig,
+        *,
+        steps: int,
+        ranks: Ranks,
+        seed: int,
+    ) -> None:
+        self._trainee, self._batches, self._config = trainee, batches, config
+        self._steps, self._ranks, self._seed = steps, ranks, seed
+        rate = config.learning_rate
+        groups = [
+            {"params": trainee.encoder, "lr": rate * config.encoder_rate},
+            {"params": trainee.decoder, "lr": rate},
+        ]
+        self._optimizer = torch.optim.Adam([g for g in groups if g["params"]])
+        self._rates = [g["lr"] for g in self._optimizer.param_groups]
+        self._step = 0
+        self._best_error = math.inf
+        self._best: dict[str, Tensor] = {}
+
+    def run(self, title: str, *, show: bool, checkpoint: str | Path | None, every: int) -> None:
+        """Train, keep the state with the lowest measured error, and leave the model in it.
+
+        Args:
+            title: of the progress bar.
+            show: whether to draw it.
+            checkpoint: file written every ``every`` steps and at the end; continued from if it exists.
+            every: steps.
+
+        Raises:
+            CollapseError: usage collapsed, or the loss is not finite.
+            ArtifactError: the checkpoint belongs to another fit.
+        """
+        if checkpoint is not None and Path(checkpoint).is_file():
+            self._resume(checkpoint)
+        else:
+            self._keep_if_best()
+        monitor = self._monitor()
+        batches = iter(self._batches)
+        rows = self._config.batch_size * self._ranks.size
+        window = max(math.ceil(monitor.window_rows / rows), self._steps // _READINGS, 1)
+        measure_every = max(1, self._steps // _MEASUREMENTS)
+        with live_readout(
+            title, self._steps, start=self._step, show=show and self._ranks.rank == 0
+        ) as report:
+            while self._step < self._steps:
+                output = self._train(next(batches))
+                monitor.add(output.quantized.codes)
+                ending = self._step == self._steps
+                reading = monitor.read(self._ranks, self._step) if self._step % window == 0 else None
+                report(self._step, self._mean_loss(output.loss), reading)
+                if self._step % measure_every == 0 or ending:
+                    self._keep_if_best()
+                if checkpoint is not None and (self._step % every == 0 or ending):
+                    self._save(checkpoint)
+        self._trainee.module.load_state_dict(self._best)
+
+    def _train(self, batch: Rows) -> Step:
+        scale = self._schedule()
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * scale
+        output = self._trainee.step(batch)
+        self._optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        self._ranks.mean_gradients_([*self._trainee.encoder, *self._trainee.decoder])
+        self._optimizer.step()
+        self._step += 1
+        seed = self._seed * 1_000_003 + self._step
+        self._trainee.bottleneck.follow(output.z, output.quantized, self._ranks, seed)
+        return output
+
+    def _schedule(self) -> float:
+        warm = max(1, min(50, self._steps // 10))
+        return min(1.0, (self._step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * self._step / self._steps))
+
+    def _mean_loss(self, loss: Tensor) -> float:
+        """Over ranks, so that all of them stop together if it is not finite."""
+        mean = loss.detach().clone()
+        self._ranks.sum_([mean])
+        value = float(mean) / self._ranks.size
+        if not math.isfinite(value):
+            raise CollapseError(
+                f"loss after step {self._step}", f"{value}", "Lower learning_rate; the data are finite."
+            )
+        return value
+
+    def _monitor(self) -> UsageMonitor:
+        bottleneck = self._trainee.bottleneck
+        start = bottleneck.start_perplexity.tolist()
+        return UsageMonitor(bottleneck.cardinalities, start, self._config.collapse_below)
+
+    @torch.no_grad()
+    def _keep_if_best(self) -> None:
+        error = self._trainee.measure()
+        if error < self._best_error:
+            self._best_error = error
+            self._best = {k: v.detach().clone() for k, v in self._trainee.module.state_dict().items()}
+
+    def _save(self, path: str | Path) -> None:
+        """Rank 0 writes; the state is the same everywhere, and so is the position."""
+        if self._ranks.rank != 0:
+            return
+        tensors = {f"model.{k}": v for k, v in self._trainee.module.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self._best.items()}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+        config = {
+            "fit": self._trainee.manifest,
+            "steps": self._steps,
+            "ranks": self._ranks.size,
+            "step": self._step,
+            "position": list(self._batches.position),
+            "best_error": self._best_error,
+        }
+        save_artifact(path, kind=_KIND, version=_VERSION, config=config, tensors=tensors)
+
+    def _resume(self, path: str | Path) -> None:
+        saved = load_artifact(path, kind=_KIND, version=_VERSION)
+        expected = {"fit": self._trainee.manifest, "steps": self._steps, "ranks": self._ranks.size}
+        for name, value in _plain(expected).items():
+            if saved.config[name] != value:
+                raise ArtifactError(
+                    str(path),
+                    f"{name} of the checkpoint is {saved.config[name]}, of this fit {value}",
+                    "Continue with the same configuration, data and processes, or remove the file.",
+                )
+        self._trainee.module.load_state_dict(_part(saved.tensors, "model."))
+        self._best = _part(saved.tensors, "best.")
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _part(saved.tensors, "adam.").items():
+            index, field = name.split(".")
+            state.setdefault(int(index), {})[field] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._step = int(saved.config["step"])
+        self._batches.position = Position(*saved.config["position"])
+        self._best_error = float(saved.config["best_error"])
+
+
+def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """All parameters of several modules."""
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON reads it back: tuples become lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
