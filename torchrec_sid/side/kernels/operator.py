@@ -16,8 +16,8 @@ from torchrec_sid.side.kernels import cpu, plain
 from torchrec_sid.side.kernels.problem import Gradients, Output, Problem, check_lengths, check_shapes
 from torchrec_sid.side.layout import FeatureLayout
 
-Backend = Literal["auto", "torch", "cpu", "triton"]
-BACKENDS = ("auto", "torch", "cpu", "triton")
+Backend = Literal["auto", "torch", "cpu", "triton", "triton_bf16"]
+BACKENDS = ("auto", "torch", "cpu", "triton", "triton_bf16")
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
@@ -27,7 +27,8 @@ def choose_backend(problem: Problem, backend: str) -> str:
     Raises:
         SidError: saying why.
     """
-    reasons = {"torch": "", "cpu": cpu.unavailable(problem), "triton": _triton_unavailable(problem)}
+    gpu = _triton_unavailable(problem)
+    reasons = {"torch": "", "cpu": cpu.unavailable(problem), "triton": gpu, "triton_bf16": gpu}
     if backend == "auto":
         fast = "triton" if problem.query.is_cuda else "cpu"
         return fast if not reasons[fast] else "torch"
@@ -89,7 +90,8 @@ def code_attention(
         layout: :attr:`FeatureLayout.text`.
         heads: rows per candidate.
         activation: ``softmax`` or ``sigmoid``.
-        backend: ``auto``, ``torch``, ``cpu`` or ``triton``.
+        backend: ``auto``, ``torch``, ``cpu``, ``triton``, or ``triton_bf16`` (one bfloat16 product in place
+            of three: faster, scores within 0.4%).
         validate: check lengths and events by value on a GPU too, which waits for the device. Without it a
             GPU gives NaN for the users concerned. On a CPU both are always checked.
 
@@ -118,7 +120,7 @@ def _run_forward(problem: Problem, backend: str, lengths: list[int]) -> Output:
         return cpu.forward(problem)
     from torchrec_sid.side.kernels import triton_attention
 
-    return triton_attention.forward(problem)
+    return triton_attention.forward(problem, splits=1 if backend == "triton_bf16" else 3)
 
 
 @code_attention.register_fake
@@ -168,7 +170,8 @@ def code_attention_backward(
     else:
         from torchrec_sid.side.kernels import triton_attention
 
-        grads = triton_attention.backward(grad_z, grad_total, problem, out)
+        splits = 1 if name == "triton_bf16" else 3
+        grads = triton_attention.backward(grad_z, grad_total, problem, out, splits)
     return grads.query, grads.offset, query.new_empty(0) if grads.bias is None else grads.bias
 
 
