@@ -163,7 +163,8 @@ class HistoryStore:
     def user_ids(self) -> Tensor:
         """``[users]`` int64, ascending: users with at least one event."""
         ids = [segment.user_ids[np.diff(segment.offsets) > 0] for segment in self._segments]
-        return torch.tensor(np.unique(np.concatenate(ids)) if ids else [], dtype=torch.int64)
+        unique = np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int64)
+        return torch.empty(len(unique), dtype=torch.int64).copy_(torch.from_numpy(unique))
 
     def append(
         self,
