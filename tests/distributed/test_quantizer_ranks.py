@@ -1,0 +1,89 @@
+"""Gradient quantizers fitted by two processes: bit-equal codebooks after start, averages and resets."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.launch import run_ranks
+from tests.quantizers.test_rq_vae import SMALL, bent_clusters, error
+from torchrec_sid.artifact import fingerprint
+from torchrec_sid.quantizers import RqVae, RqVaeConfig
+from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
+from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.ranks import Ranks
+
+CONFIG = dataclasses.replace(SMALL, batch_size=32)
+
+
+def _bits(module: torch.nn.Module) -> str:
+    return fingerprint("state", 1, {}, module.state_dict())
+
+
+def _fit(config: RqVaeConfig, rows: int) -> tuple[str, float, int]:
+    x = bent_clusters(rows)
+    torch.manual_seed(dist.get_rank())  # the global generator must not matter
+    quantizer = RqVae(12, config)
+    report = quantizer.fit(lambda: iter(x.split(100)), group=dist.group.WORLD)
+    return _bits(quantizer), error(quantizer, x), report.rows
+
+
+def test_a_fit_by_two_processes_ends_with_the_same_bits() -> None:
+    for change in ({"epochs": 0.0}, {}, {"reset_below": 0.5}, {"codebook_update": "gradient"}):
+        config = dataclasses.replace(CONFIG, **change)
+        (bits, left, rows), other = run_ranks(_fit, 2, config, 401)
+        assert (bits, left, rows) == other, change
+        assert rows == 401
+        alone = RqVae(12, dataclasses.replace(config, batch_size=64))
+        alone.fit(bent_clusters(401))
+        assert left < 1.1 * error(alone, bent_clusters(401))
+
+
+def _follow() -> list[tuple[str, int, float]]:
+    """Each rank sees other latents; rank 1 has fewer of them."""
+    rank = dist.get_rank()
+    ranks = Ranks(dist.group.WORLD)
+    z = bent_clusters(300, seed=rank)[: 300 - 120 * rank]
+    bottleneck = Bottleneck(12, (16, 8), ((3, 3),), BottleneckConfig(reset_below=0.1))
+    start_bottleneck(bottleneck, z, rows_per_step=300, seed=0)
+    ranks.broadcast_(bottleneck.state_dict().values())
+    states: list[tuple[str, int, float]] = [(_bits(bottleneck), 0, 0.0)]
+    bottleneck.codebook(0)[5] = 1e4
+    bottleneck.count_0[5], bottleneck.total_0[5] = 1e-6, 0.01
+    for step in range(4):
+        output = bottleneck(z)
+        resets = bottleneck.follow(z, output, ranks, step)
+        states.append((_bits(bottleneck), resets, float(bottleneck.count_0.sum())))
+    return states
+
+
+def test_codebooks_averages_and_resets_agree_bit_by_bit() -> None:
+    first, second = run_ranks(_follow, 2)
+    assert first == second
+    assert first[1][1] >= 1, "the dead code was not reset"
+    assert len({bits for bits, _, _ in first}) == len(first), "nothing moved"
+    # The averages count the rows of both ranks: 480 a step, towards which they move.
+    assert first[-1][2] > 300
+
+
+def _shares() -> dict[str, Any]:
+    ranks = Ranks(dist.group.WORLD)
+    data = torch.arange(23)
+    own = [batch[0] for batch in ranks.own_rows((piece,) for piece in data.split(5))]
+    gathered = ranks.gather_rows(torch.full((ranks.rank + 1, 2), float(ranks.rank)))
+    counted = [torch.tensor([1.0 + ranks.rank]), torch.tensor([[2]])]
+    ranks.sum_(counted)
+    return {
+        "own": torch.cat(own).tolist(),
+        "gathered": gathered[:, 0].tolist(),
+        "sums": [int(c) for c in counted],
+    }
+
+
+def test_ranks_share_the_rows_without_overlap() -> None:
+    first, second = run_ranks(_shares, 2)
+    assert first["own"] == list(range(0, 23, 2))
+    assert second["own"] == list(range(1, 23, 2))
+    assert first["gathered"] == second["gathered"] == [0.0, 1.0, 1.0]
+    assert first["sums"] == second["sums"] == [3, 4]
