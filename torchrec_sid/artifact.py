@@ -143,8 +143,15 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(
             str(path), "a safetensors file without a torchrec_sid manifest", "Check the path."
         )
-    manifest: dict[str, Any] = json.loads(header[_MANIFEST])
-    return manifest
+    try:
+        manifest = json.loads(header[_MANIFEST])
+        typed = {"kind": str, "version": int, "config": dict, "fingerprint": str}
+        whole = all(isinstance(manifest[key], kind) for key, kind in typed.items())
+    except (json.JSONDecodeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ArtifactError(str(path), "its manifest is damaged", "Copy or make it again.")
+    return dict(manifest)
 
 
 def load_artifact(path: str | Path, *, kind: str, version: int, verify: bool = True) -> Artifact:

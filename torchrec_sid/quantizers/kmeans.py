@@ -101,18 +101,19 @@ class ClusterSums:
         around the origin: ``s^2`` is the variance within clusters (SSE over N - K), ``t^2`` the variance
         of the centroids beyond what noise of size ``s^2 / n_k`` explains. Ours.
         """
-        means = self.means()
+        factor = self.count / (self.count + self.prior_count(shrinkage)).clamp(min=1e-30)
+        return (self.means() * factor.unsqueeze(1)).float()
+
+    def prior_count(self, shrinkage: float = 1.0) -> float:
+        """Points at the origin that pull as much as the prior of :meth:`centroids` does."""
         if shrinkage == 0:
-            return means.float()
-        rows, between = float(self.count.sum()), float((means.square().sum(1) * self.count).sum())
+            return 0.0
+        rows, between = float(self.count.sum()), float((self.means().square().sum(1) * self.count).sum())
         clusters = int((self.count > 0).sum())
         within = max(self.energy - between, 0.0) / max(rows - clusters, 1)
         # At least a tenth of the apparent signal is believed, so that a level is never all zeros.
         signal = max(between - clusters * within, 0.1 * between) / max(rows, 1)
-        if signal == 0:
-            return means.float()
-        factor = self.count / (self.count + shrinkage * within / signal)
-        return (means * factor.unsqueeze(1)).float()
+        return 0.0 if signal == 0 else shrinkage * within / signal
 
 
 def cluster_sums(x: Tensor, codes: Tensor, k: int) -> ClusterSums:
@@ -171,35 +172,45 @@ def relocate(x: Tensor, centroids: Tensor, k: int) -> Relocation:
     """Move clusters that cost little to dissolve to clusters that gain more by a split.
 
     Dissolving cluster i into its neighbour j costs ``n_i n_j / (n_i + n_j) |c_i - c_j|^2`` (Ward 1963);
-    an empty one costs nothing. Splitting one along the axis of its largest variance gains about
-    ``2 / pi`` of the error on that axis (exact for a Gaussian), so the axes should be principal ones.
-    No cluster takes part twice.
+    an empty one costs nothing. Splitting one along its principal direction gains about ``2 / pi`` of the
+    error in that direction (exact for a Gaussian). No cluster takes part twice.
 
     Args:
-        x: ``[n, d]`` float32.
+        x: ``[n, d]`` float32 on principal axes; splits are sought in the leading 16.
         centroids: ``[K', d]`` float32, ``K' <= k``.
         k: clusters wanted; the missing ``k - K'`` are placed by splits too.
     """
     codes, _ = assign(x, centroids)
     count = torch.bincount(codes, minlength=k).to(x.dtype)
     means = sum_by_code(x, codes, k) / count.clamp(min=1).unsqueeze(1)
-    error = sum_by_code((x - means[codes]).square_(), codes, k)
+    error, direction = _principal_directions(x, codes, means)
     # Below this the spread of a cluster of equal points is rounding.
-    error[error <= 1e-8 * float(x.square().sum()) / len(x) * count.unsqueeze(1)] = 0
-    gain, axis = error.max(1)
-    distance = torch.cdist(means, means).square_().fill_diagonal_(torch.inf)
-    distance[:, count == 0] = torch.inf
+    error[error <= 1e-8 * float(x.square().sum()) / len(x) * count] = 0
     pair = count.unsqueeze(1) * count / (count.unsqueeze(1) + count).clamp(min=1)
-    cost, near = (distance * pair).min(1)
+    merger = torch.cdist(means, means).square_().mul_(pair).fill_diagonal_(torch.inf)
+    merger[:, count == 0] = torch.inf
+    cost, near = merger.min(1)
     cost[count == 0] = 0
-    moves = _pair_moves((gain * (2 / pi)).tolist(), cost.tolist(), near.tolist(), (count == 0).tolist())
+    moves = _pair_moves((error * (2 / pi)).tolist(), cost.tolist(), near.tolist(), (count == 0).tolist())
     for source, split in moves:
-        step = sqrt(2 / pi * float(gain[split]) / float(count[split]))
+        step = sqrt(2 / pi * float(error[split]) / float(count[split])) * direction[split]
         means[source] = means[split]
-        means[source, axis[split]] += step
-        means[split, axis[split]] -= step
+        means[source, : len(step)] += step
+        means[split, : len(step)] -= step
         count[source] = 1
     return Relocation(means[count > 0], len(moves))
+
+
+def _principal_directions(x: Tensor, codes: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Per cluster the error along its principal direction ``[K]`` and that direction ``[K, <= 16]``."""
+    dim = min(_FIRST_DIM, x.shape[1])
+    products = means.new_zeros(len(means), dim * dim)
+    for begin in range(0, len(x), _CHUNK):
+        code = codes[begin : begin + _CHUNK]
+        left = x[begin : begin + _CHUNK, :dim] - means[code, :dim]
+        products += sum_by_code((left.unsqueeze(2) * left.unsqueeze(1)).flatten(1), code, len(means))
+    values, vectors = torch.linalg.eigh(products.view(-1, dim, dim))
+    return values[:, -1].clamp(min=0), vectors[:, :, -1]
 
 
 def _pair_moves(

@@ -18,6 +18,7 @@ from torchrec_sid.quantizers.interface import FitReport, Quantizer
 from torchrec_sid.quantizers.kmeans import ClusterSums, assign, cluster_sums, fit_centroids
 from torchrec_sid.quantizers.sample import RowSample
 from torchrec_sid.quantizers.stream import EmbeddingStream, open_stream
+from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
 
 
@@ -133,7 +134,7 @@ class ResidualKMeans(Quantizer):
         start = time.perf_counter()
         stream = open_stream(data)
         self._check_dim(stream)
-        generator = torch.Generator().manual_seed(self.config.seed)
+        generator = derived_generator(self.config.seed, "residual_kmeans.centroids")
         buffer = _read_buffer(stream, self.config.buffer_rows, self.config.seed)
         self.mean.copy_(buffer.mean)
         residual = buffer.rows.to(self.mean.device).sub_(self.mean)
@@ -267,5 +268,5 @@ def _read_buffer(stream: EmbeddingStream, size: int, seed: int) -> _Buffer:
         total += batch.sum(0, dtype=torch.float64).cpu()
         seen += len(batch)
     rows = sample.take()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(rows), generator=derived_generator(seed, "residual_kmeans.order"))
     return _Buffer(rows[order], (total / max(seen, 1)).float(), seen)

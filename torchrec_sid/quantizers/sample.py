@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.quantizers.stream import EmbeddingStream
+from torchrec_sid.seeding import derived_generator
 
 
 class StreamMoments(NamedTuple):
@@ -36,7 +37,7 @@ class RowSample:
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows = rows
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = derived_generator(seed, "row_sample")
         self._keys: Tensor | None = None
         self._kept: Tensor | None = None
 
