@@ -35,6 +35,7 @@ from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.models.arms import ARMS, arm_named
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.quantizers import ResidualKMeans, ResidualKMeansConfig
+from torchrec_sid.quantizers.impressions import sample_impressed
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class CompareConfig:
     """Split that the table is about; tune on valid."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """The log made where no data is given."""
-    quantizer: ResidualKMeansConfig = field(default_factory=ResidualKMeansConfig)
+    quantizer: ResidualKMeansConfig = field(default_factory=lambda: ResidualKMeansConfig((16, 16, 16)))
     """What learns the SIDs."""
     model: RankingConfig = field(default_factory=RankingConfig)
     """Backbone; its arm is ignored."""
@@ -116,12 +117,13 @@ def _synthesise(config: CompareConfig, path: Path, console: Console) -> Path:
 
 
 def _learn_sids(config: CompareConfig, data: Path, log: PreparedLog, output: Path) -> SidCatalog:
-    """Fit on the items of the training period, as in production; encode the later ones like new items."""
+    """Fit on the traffic of the training period, as in production; encode later items like new ones."""
     folder = LogFolder.open(data)
     matrix = torch.from_numpy(np.array(folder.embedding_matrix(config.source))).float()
-    seen = torch.from_numpy(log.item_train_events > 0)
+    impressions = torch.from_numpy(np.array(log.item_train_events))
+    seen = impressions > 0
     quantizer = ResidualKMeans(matrix.shape[1], config.quantizer)
-    quantizer.fit(matrix[seen])
+    quantizer.fit(sample_impressed(matrix, impressions, seed=config.quantizer.seed))
     mark = quantizer.save(output / "quantizer.safetensors")
     held_out = matrix if bool(seen.all()) else matrix[~seen]
     quality = quantizer.quality(held_out).to_dict()

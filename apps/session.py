@@ -47,7 +47,7 @@ class TrainConfig:
     """Embedding source of the arms over content; default: the log's own default."""
     model: RankingConfig = field(default_factory=RankingConfig)
     """Backbone and arm."""
-    tables: TableOptimizer = field(default_factory=lambda: TableOptimizer("adagrad", lr=0.05))
+    tables: TableOptimizer = field(default_factory=lambda: TableOptimizer("adagrad", lr=0.02))
     """Optimizer of the embedding tables."""
     dense_lr: float = 2e-3
     """Learning rate of Adam on everything else."""
