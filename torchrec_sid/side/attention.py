@@ -103,7 +103,7 @@ class CodeSpaceAttention(nn.Module):
     """
 
     rows: Tensor
-    mean: Tensor
+    mean: Tensor | None
 
     def __init__(
         self,
@@ -127,8 +127,7 @@ class CodeSpaceAttention(nn.Module):
         if device is not None and torch.device(device).type == "meta":
             real = None
         self.register_buffer("rows", basis.rows().to(real))
-        mean = torch.zeros(basis.dim) if basis.mean is None else basis.mean.cpu()
-        self.register_buffer("mean", mean.to(real, copy=True))
+        self.register_buffer("mean", None if basis.mean is None else basis.mean.to(real, copy=True))
         self.query = nn.Linear(config.query_dim, inner, bias=config.bias, device=device)
         self.key = nn.Linear(basis.dim, inner, bias=False, device=device)
         self.value = nn.Linear(basis.dim, inner, bias=config.bias, device=device)
@@ -225,21 +224,25 @@ class CodeSpaceAttention(nn.Module):
         absorbed = self.terms.score_rows(absorbed, self.rows.shape[0])
         if self.threshold is None:
             return absorbed, None  # a softmax does not see what all events share
-        shared = torch.einsum("bmhk,hk->bmh", query, key @ self.mean.float()) - self.threshold.float()
+        shared = -self.threshold.float().expand(query.shape[:3])
+        if self.mean is not None:
+            shared = shared + torch.einsum("bmhk,hk->bmh", query, key @ self.mean.float())
         return absorbed, shared.flatten(1)
 
     def _decode(self, z: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """``z: [B, m, heads, F]``, ``weight: [B, m, heads]`` -> ``[B, m, output_dim]``."""
         heads = self.config.num_heads
         value = self.value.weight.float().unflatten(0, (heads, self.head_dim))
-        constant = value @ self.mean.float()
+        constant = None if self.mean is None else value @ self.mean.float()
         if self.value.bias is not None:
-            constant = constant + self.value.bias.float().unflatten(0, (heads, self.head_dim))
+            bias = self.value.bias.float().unflatten(0, (heads, self.head_dim))
+            constant = bias if constant is None else constant + bias
         if rows.shape[0] <= _FEW_FEATURES:
             collected = torch.einsum("bmhf,hkf->bmhk", z, value @ rows.T)
         else:
             collected = torch.einsum("bmhd,hkd->bmhk", z @ rows, value)
-        collected = collected + weight.unsqueeze(-1) * constant
+        if constant is not None:
+            collected = collected + weight.unsqueeze(-1) * constant
         return _linear(collected.flatten(-2), self.output)
 
     def _events(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _SOURCES = ("code_attention.cpp", "similarity.cpp")
-_HEADERS = ("parallel.h", "vectors.h")
+_HEADERS = ("columns.h", "parallel.h", "vectors.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 CACHE_VARIABLE = "TORCHREC_SID_CACHE"
 DISABLE_VARIABLE = "TORCHREC_SID_NO_COMPILE"

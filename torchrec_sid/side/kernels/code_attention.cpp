@@ -1,36 +1,26 @@
-// Code-space attention over packed bytes on the CPU. The mathematics is that of problem.py.
+// Code-space attention over packed bytes on the CPU; the mathematics is that of problem.py.
 //
-// Every column of an event is a byte, so the score of an event is a sum of one table row per column and the
-// weighted sum of features is a histogram of weights per column (asymmetric distance computation, made exact
-// for attention). The digits themselves appear only when a table is built and when a histogram is folded.
-// Rows of the query (candidates x heads) are handled L at a time, one per vector lane.
+// Rows of the query (candidates x heads) are handled L at a time, one per vector lane; a block of rows of one
+// user goes through the history once, with a running softmax over chunks of events.
 
-#include <algorithm>
 #include <cmath>
 
+#include "columns.h"
 #include "parallel.h"
-#include "vectors.h"
 
 namespace {
 
-constexpr int kRows = 256;  // of every table, whatever the column's alphabet: a byte is always a safe index
 constexpr int kChunkFloats = 4096;  // scores held at a time: 16 KiB, half a first-level cache
-constexpr int kMaxDigits = 8;  // a byte holds at most 8 binary digits
-
-struct Column {
-  int32_t start, values, width, radices[kMaxDigits];  // width 0: one-hot
-};
 
 struct Problem {
+  Layout layout;
   const float* query;        // [users, rows, features]
-  const uint8_t* events;     // [events, columns]
   const int64_t* offsets;    // [users + 1]
   const float* offset;       // [users, rows] or null
   const float* bias;         // [events, bias_heads] or null
-  const Column* columns;
   const int64_t* order;      // users, longest history first
   float* scratch;            // [threads, scratch_floats]
-  int64_t users, rows, features, num_columns, heads, bias_heads, softmax, threads, scratch_floats;
+  int64_t users, rows, heads, bias_heads, softmax, threads, scratch_floats;
 };
 
 struct ForwardOut {
@@ -42,7 +32,7 @@ struct BackwardArgs {
   float *grad_query, *grad_offset, *grad_bias;  // grad_bias: null where there is no bias
 };
 
-// Rows m .. m + lanes - 1 of user u, as one block.
+// Rows first .. first + lanes - 1 of a user.
 struct Block {
   int64_t user, first;
   int lanes;
@@ -54,93 +44,88 @@ class Worker {
   static constexpr int kChunk = kChunkFloats / L;  // events
 
  public:
-  Worker(const Problem& problem, float* scratch, int tables) : p_(problem) {
-    const int64_t size = p_.num_columns * kRows * L;
+  Worker(const Problem& problem, float* scratch, int tables) : p_(problem), coder_(problem.layout) {
+    const int64_t size = Coder<L>::table_floats(p_.layout.count);
     scores_ = scratch;
     grads_ = scores_ + kChunkFloats;
-    histogram_ = grads_ + kChunkFloats;
-    table_[0] = histogram_ + size;
-    table_[1] = table_[0] + size;
-    // Rows outside the alphabet are NaN: a corrupt byte makes the result NaN, never a plausible number.
-    for (int t = 0; t < tables; t++)
-      for (int64_t c = 0; c < p_.num_columns; c++)
-        std::fill(row(table_[t], c, p_.columns[c].values), row(table_[t], c + 1, 0),
-                  std::numeric_limits<float>::quiet_NaN());
+    sums_ = grads_ + kChunkFloats;
+    float* next = sums_ + size;
+    for (int t = 0; t < tables; t++, next += size) {
+      table_[t] = next;
+      coder_.poison(next);
+    }
+    for (int t = 0; t < tables; t++, next += p_.layout.features * L) transposed_[t] = next;
   }
 
   // Results of empty histories are left as they come: zeros, and -inf for the peak of a softmax.
   void forward(const Block& b, const ForwardOut& out) {
-    if (p_.offsets[b.user] == p_.offsets[b.user + 1]) return;
-    build(table_[0], p_.query, b);
-    clear();
+    const int64_t begin = p_.offsets[b.user], end = p_.offsets[b.user + 1];
+    if (begin == end) return;
+    start(b, end - begin, 0, p_.query);
     F peak = splat<L>(-kInf), total = F{};
     const F base = lane_values(p_.offset, b, 0.0f);
-    const int64_t end = p_.offsets[b.user + 1];
-    for (int64_t at = p_.offsets[b.user]; at < end; at += kChunk) {
+    for (int64_t at = begin; at < end; at += kChunk) {
       const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
-      gather(table_[0], at, n, base, scores_);
+      coder_.gather(table_[0], transposed_[0], at, n, base, scores_);
       add_bias(b, at, n);
-      F sum = F{};
+      F sum = F{}, shift = F{};
       if (p_.softmax) {
         const F before = peak;
         for (int i = 0; i < n; i++) {
           const F s = load<L>(scores_ + i * L);
           peak = s > peak ? s : peak;
         }
-        rescale(before, peak, at > p_.offsets[b.user], total);
-        const F shift = peak == splat<L>(-kInf) ? F{} : peak;
-        for (int i = 0; i < n; i++) {
-          const F w = vexp<L>(load<L>(scores_ + i * L) - shift);
-          store<L>(scores_ + i * L, w);
-          sum += w;
-        }
-      } else {
-        for (int i = 0; i < n; i++) {
-          const F w = sigmoid(load<L>(scores_ + i * L));
-          store<L>(scores_ + i * L, w);
-          sum += w;
+        shift = peak == splat<L>(-kInf) ? F{} : peak;
+        if (at > begin && differ(before, peak)) {
+          const F factor = vexp<L>(before - shift);
+          total *= factor;
+          coder_.shrink(sums_, factor);
         }
       }
+      for (int i = 0; i < n; i++) {
+        const F s = load<L>(scores_ + i * L);
+        const F w = p_.softmax ? vexp<L>(s - shift) : sigmoid(s);
+        store<L>(scores_ + i * L, w);
+        sum += w;
+      }
       total += sum;
-      scatter(at, n, scores_);
+      coder_.scatter(sums_, at, n, scores_);
     }
-    finish(b, out, peak, total);
+    coder_.fold(sums_, p_.softmax ? 1.0f / at_least_tiny(total) : splat<L>(1.0f), out.z, rows(b, p_.query));
+    for (int l = 0; l < b.lanes; l++) {
+      const int64_t at = b.user * p_.rows + b.first + l;
+      out.total[at] = total[l];
+      out.peak[at] = p_.softmax ? peak[l] : 0.0f;
+    }
   }
 
   void backward(const Block& b, const BackwardArgs& args) {
-    if (p_.offsets[b.user] == p_.offsets[b.user + 1]) return;
-    build(table_[0], p_.query, b);
-    build(table_[1], args.grad_z, b);
-    clear();
+    const int64_t begin = p_.offsets[b.user], end = p_.offsets[b.user + 1];
+    if (begin == end) return;
+    start(b, end - begin, 0, p_.query);
+    coder_.build(table_[1], transposed_[1], rows(b, args.grad_z));
     const F base = lane_values(p_.offset, b, 0.0f);
     const F grad_total = lane_values(args.grad_total, b, 0.0f);
-    F peak = lane_values(args.peak, b, 0.0f), inverse = lane_values(args.total, b, 1.0f);
+    F peak = lane_values(args.peak, b, 0.0f);
     peak = peak == splat<L>(-kInf) ? F{} : peak;
-    inverse = 1.0f / at_least_tiny(inverse);
-    F delta = F{}, total = F{};
-    for (int l = 0; l < b.lanes; l++) {
-      const int64_t at = (b.user * p_.rows + b.first + l) * p_.features;
-      double sum = 0;
-      for (int64_t f = 0; f < p_.features; f++) sum += double(args.grad_z[at + f]) * args.z[at + f];
-      delta[l] = static_cast<float>(sum);
-    }
-    const int64_t end = p_.offsets[b.user + 1];
-    for (int64_t at = p_.offsets[b.user]; at < end; at += kChunk) {
+    const F inverse = 1.0f / at_least_tiny(lane_values(args.total, b, 1.0f));
+    F delta = inner_products(b, args.grad_z, args.z), total = F{};
+    for (int64_t at = begin; at < end; at += kChunk) {
       const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
-      gather(table_[0], at, n, base, scores_);
+      coder_.gather(table_[0], transposed_[0], at, n, base, scores_);
       add_bias(b, at, n);
-      gather(table_[1], at, n, F{}, grads_);
-      F sum = F{};
+      coder_.gather(table_[1], transposed_[1], at, n, F{}, grads_);
       for (int i = 0; i < n; i++) {
         const F s = load<L>(scores_ + i * L);
         store<L>(scores_ + i * L, p_.softmax ? vexp<L>(s - peak) * inverse : sigmoid(s));
       }
-      if (p_.softmax && n == end - p_.offsets[b.user]) {
+      if (p_.softmax && n == end - begin) {
         // The whole history is at hand: the mean of these very products cancels exactly where one event
         // has all the weight.
         delta = F{};
         for (int i = 0; i < n; i++) delta += load<L>(scores_ + i * L) * load<L>(grads_ + i * L);
       }
+      F sum = F{};
       for (int i = 0; i < n; i++) {
         const F w = load<L>(scores_ + i * L), g = load<L>(grads_ + i * L);
         const F d = p_.softmax ? w * (g - delta) : w * (1.0f - w) * (g + grad_total);
@@ -148,15 +133,23 @@ class Worker {
         sum += d;
       }
       total += sum;
-      scatter(at, n, scores_);
+      coder_.scatter(sums_, at, n, scores_);
       if (args.grad_bias) collect_bias(b, at, n, args.grad_bias);
     }
-    fold(b, args.grad_query, splat<L>(1.0f));
+    coder_.fold(sums_, splat<L>(1.0f), args.grad_query, rows(b, p_.query));
     for (int l = 0; l < b.lanes; l++) args.grad_offset[b.user * p_.rows + b.first + l] = total[l];
   }
 
  private:
-  float* row(float* table, int64_t column, int64_t value) const { return table + (column * kRows + value) * L; }
+  Rows rows(const Block& b, const float* vectors) const {
+    return Rows{vectors, b.user * p_.rows + b.first, b.lanes};
+  }
+
+  void start(const Block& b, int64_t events, int table, const float* vectors) {
+    coder_.plan(events);
+    coder_.build(table_[table], transposed_[table], rows(b, vectors));
+    coder_.clear(sums_);
+  }
 
   static F at_least_tiny(F x) {
     const F tiny = splat<L>(std::numeric_limits<float>::min());
@@ -165,184 +158,51 @@ class Worker {
 
   static F sigmoid(F s) { return 1.0f / (1.0f + vexp<L>(-s)); }
 
-  F lane_values(const float* rows, const Block& b, float otherwise) const {
+  static bool differ(F a, F b) {
+    bool any = false;
+    for (int l = 0; l < L; l++) any |= a[l] != b[l];
+    return any;
+  }
+
+  F lane_values(const float* values, const Block& b, float otherwise) const {
     F v = splat<L>(otherwise);
-    if (rows)
-      for (int l = 0; l < b.lanes; l++) v[l] = rows[b.user * p_.rows + b.first + l];
+    if (values)
+      for (int l = 0; l < b.lanes; l++) v[l] = values[b.user * p_.rows + b.first + l];
     return v;
   }
 
-  F feature(const float* vectors, const Block& b, int64_t f) const {
+  F inner_products(const Block& b, const float* x, const float* y) const {
     F v = F{};
-    for (int l = 0; l < b.lanes; l++) v[l] = vectors[(b.user * p_.rows + b.first + l) * p_.features + f];
+    for (int l = 0; l < b.lanes; l++) {
+      const int64_t at = (b.user * p_.rows + b.first + l) * p_.layout.features;
+      double sum = 0;
+      for (int64_t f = 0; f < p_.layout.features; f++) sum += double(x[at + f]) * y[at + f];
+      v[l] = static_cast<float>(sum);
+    }
     return v;
-  }
-
-  // Tables of a block: what each value of each column adds to the product with `vectors`.
-  void build(float* table, const float* vectors, const Block& b) const {
-    for (int64_t c = 0; c < p_.num_columns; c++) {
-      const Column& column = p_.columns[c];
-      float* rows = row(table, c, 0);
-      if (!column.width) {
-        for (int v = 0; v < column.values; v++) store<L>(rows + v * L, feature(vectors, b, column.start + v));
-        continue;
-      }
-      store<L>(rows, F{});
-      int size = 1;
-      for (int j = 0; j < column.width; j++) {
-        const F a = feature(vectors, b, column.start + j);
-        const int k = column.radices[j];
-        for (int d = k - 1; d >= 0; d--) {  // downwards: digit 0 overwrites what the others are made from
-          const F step = a * (d - 0.5f * (k - 1));
-          for (int r = 0; r < size; r++) store<L>(rows + (d * size + r) * L, load<L>(rows + r * L) + step);
-        }
-        size *= k;
-      }
-    }
-  }
-
-  void clear() {
-    for (int64_t c = 0; c < p_.num_columns; c++)
-      std::fill_n(row(histogram_, c, 0), p_.columns[c].values * L, 0.0f);
-  }
-
-  void rescale(F before, F peak, bool needed, F& total) {
-    bool grew = false;
-    for (int l = 0; l < L; l++) grew |= before[l] != peak[l];
-    if (!needed || !grew) return;
-    const F shift = peak == splat<L>(-kInf) ? F{} : peak;
-    const F shrink = vexp<L>(before - shift);
-    total *= shrink;
-    for (int64_t c = 0; c < p_.num_columns; c++)
-      for (int v = 0; v < p_.columns[c].values; v++) {
-        float* h = row(histogram_, c, v);
-        store<L>(h, load<L>(h) * shrink);
-      }
-  }
-
-  // out[i] = base (or out[i]) + sum over columns c .. c + G - 1 of the row of event i's byte.
-  template <int G>
-  void gather_columns(const float* table, int64_t c, int64_t at, int n, const F* base, float* out) const {
-    const int64_t stride = p_.num_columns;
-    const uint8_t* e = p_.events + at * stride + c;
-    const float* rows = table + c * kRows * L;
-    for (int i = 0; i < n; i++, e += stride) {
-      F s = base ? *base : load<L>(out + i * L);
-      for (int g = 0; g < G; g++) s += load<L>(rows + (g * kRows + e[g]) * L);
-      store<L>(out + i * L, s);
-    }
-  }
-
-  template <int G>
-  void scatter_columns(int64_t c, int64_t at, int n, const float* weights) {
-    const int64_t stride = p_.num_columns;
-    const uint8_t* e = p_.events + at * stride + c;
-    float* rows = histogram_ + c * kRows * L;
-    for (int i = 0; i < n; i++, e += stride) {
-      const F w = load<L>(weights + i * L);
-      for (int g = 0; g < G; g++) {
-        float* h = rows + (g * kRows + e[g]) * L;
-        store<L>(h, load<L>(h) + w);
-      }
-    }
-  }
-
-  // Columns are taken up to 8 at a time, with the loop over them unrolled.
-  void gather(const float* table, int64_t at, int n, F base, float* out) const {
-    for (int64_t c = 0; c < p_.num_columns; c += 8) {
-      const F* first = c ? nullptr : &base;
-      switch (std::min<int64_t>(8, p_.num_columns - c)) {
-        case 1: gather_columns<1>(table, c, at, n, first, out); break;
-        case 2: gather_columns<2>(table, c, at, n, first, out); break;
-        case 3: gather_columns<3>(table, c, at, n, first, out); break;
-        case 4: gather_columns<4>(table, c, at, n, first, out); break;
-        case 5: gather_columns<5>(table, c, at, n, first, out); break;
-        case 6: gather_columns<6>(table, c, at, n, first, out); break;
-        case 7: gather_columns<7>(table, c, at, n, first, out); break;
-        default: gather_columns<8>(table, c, at, n, first, out);
-      }
-    }
-  }
-
-  void scatter(int64_t at, int n, const float* weights) {
-    for (int64_t c = 0; c < p_.num_columns; c += 8) {
-      switch (std::min<int64_t>(8, p_.num_columns - c)) {
-        case 1: scatter_columns<1>(c, at, n, weights); break;
-        case 2: scatter_columns<2>(c, at, n, weights); break;
-        case 3: scatter_columns<3>(c, at, n, weights); break;
-        case 4: scatter_columns<4>(c, at, n, weights); break;
-        case 5: scatter_columns<5>(c, at, n, weights); break;
-        case 6: scatter_columns<6>(c, at, n, weights); break;
-        case 7: scatter_columns<7>(c, at, n, weights); break;
-        default: scatter_columns<8>(c, at, n, weights);
-      }
-    }
   }
 
   void add_bias(const Block& b, int64_t at, int n) {
     if (!p_.bias) return;
     for (int i = 0; i < n; i++) {
       const float* bias = p_.bias + (at + i) * p_.bias_heads;
-      F v;
-      if (p_.bias_heads == 1) {
-        v = splat<L>(bias[0]);
-      } else {
+      F v = splat<L>(bias[0]);
+      if (p_.bias_heads > 1)
         for (int l = 0; l < L; l++) v[l] = bias[(b.first + l) % p_.heads];
-      }
       store<L>(scores_ + i * L, load<L>(scores_ + i * L) + v);
     }
   }
 
-  void collect_bias(const Block& b, int64_t at, int n, float* grad_bias) {
+  void collect_bias(const Block& b, int64_t at, int n, float* grad_bias) const {
     for (int i = 0; i < n; i++) {
       float* g = grad_bias + (at + i) * p_.bias_heads;
       for (int l = 0; l < b.lanes; l++) g[(b.first + l) % p_.bias_heads] += scores_[i * L + l];
     }
   }
 
-  // Sum the histogram into features: out[row, f] = scale * sum over bytes of weight times digit.
-  void fold(const Block& b, float* out, F scale) {
-    for (int64_t c = 0; c < p_.num_columns; c++) {
-      const Column& column = p_.columns[c];
-      float* h = row(histogram_, c, 0);
-      if (!column.width) {
-        for (int v = 0; v < column.values; v++) put(b, out, column.start + v, load<L>(h + v * L) * scale);
-        continue;
-      }
-      int size = column.values;
-      for (int j = column.width - 1; j >= 0; j--) {  // most significant digit first, then it is summed away
-        const int k = column.radices[j];
-        size /= k;
-        F z = F{};
-        for (int d = 0; d < k; d++) {
-          F mass = F{};
-          for (int r = 0; r < size; r++) {
-            const F w = load<L>(h + (d * size + r) * L);
-            mass += w;
-            if (d) store<L>(h + r * L, load<L>(h + r * L) + w);
-          }
-          z += mass * (d - 0.5f * (k - 1));
-        }
-        put(b, out, column.start + j, z * scale);
-      }
-    }
-  }
-
-  void put(const Block& b, float* out, int64_t f, F v) const {
-    for (int l = 0; l < b.lanes; l++) out[(b.user * p_.rows + b.first + l) * p_.features + f] = v[l];
-  }
-
-  void finish(const Block& b, const ForwardOut& out, F peak, F total) {
-    fold(b, out.z, p_.softmax ? 1.0f / at_least_tiny(total) : splat<L>(1.0f));
-    for (int l = 0; l < b.lanes; l++) {
-      const int64_t at = b.user * p_.rows + b.first + l;
-      out.total[at] = total[l];
-      out.peak[at] = p_.softmax ? peak[l] : 0.0f;
-    }
-  }
-
   const Problem& p_;
-  float *scores_, *grads_, *histogram_, *table_[2];
+  Coder<L> coder_;
+  float *scores_, *grads_, *sums_, *table_[2], *transposed_[2];
 };
 
 // Run `work(worker, block)` over every block of L rows, on several threads, longest histories first.
@@ -351,7 +211,7 @@ template <int L, typename Work>
 void run(const Problem& p, int tables, bool whole_users, Work work) {
   const int64_t blocks = (p.rows + L - 1) / L;
   const int64_t items = whole_users ? p.users : p.users * blocks;
-  const int64_t work_size = (p.offsets[p.users] + 300 * p.users) * p.num_columns * blocks;
+  const int64_t work_size = (p.offsets[p.users] + 50 * p.users) * p.layout.count * blocks;
   run_parallel(p.threads, items, work_size, [&](int64_t thread, auto next) {
     Worker<L> worker(p, p.scratch + thread * p.scratch_floats, tables);
     for (int64_t item = next(); item < items; item = next()) {
@@ -375,9 +235,9 @@ void dispatch(const Problem& p, int tables, bool whole_users, Work work) {
 extern "C" {
 
 // Floats of scratch that one thread needs.
-int64_t sid_scratch_floats(int64_t num_columns, int64_t rows, int64_t tables) {
+int64_t sid_attention_scratch(int64_t columns, int64_t features, int64_t rows, int64_t tables) {
   const int64_t lanes = rows <= 4 ? 4 : rows <= 8 ? 8 : 16;
-  return 2 * kChunkFloats + (1 + tables) * num_columns * kRows * lanes;
+  return 2 * kChunkFloats + ((1 + tables) * columns * kRows + tables * features) * lanes;
 }
 
 void sid_attention_forward(const Problem* p, const ForwardOut* out) {

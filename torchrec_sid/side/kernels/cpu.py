@@ -15,11 +15,18 @@ from torchrec_sid.side.layout import FeatureLayout
 _MAX_DIGITS = 8
 
 
+class _Layout(ctypes.Structure):
+    _fields_ = c_fields("events columns digits", "count features digit_width digits_shared")
+
+
 class _Problem(ctypes.Structure):
-    _fields_ = c_fields(
-        "query events offsets offset bias columns order scratch",
-        "users rows features num_columns heads bias_heads softmax threads scratch_floats",
-    )
+    _fields_ = [
+        ("layout", _Layout),
+        *c_fields(
+            "query offsets offset bias order scratch",
+            "users rows heads bias_heads softmax threads scratch_floats",
+        ),
+    ]
 
 
 class _ForwardOut(ctypes.Structure):
@@ -80,27 +87,38 @@ class _Call:
         assert library is not None  # `unavailable` was asked first
         self.library = library
         users, rows, features = problem.query.shape
-        query, events = problem.query.contiguous(), problem.events.contiguous()
-        offset = None if problem.offset is None else problem.offset.contiguous()
-        bias = None if problem.bias is None else problem.bias.to(torch.float32).contiguous()
+        layout, events = problem.layout, problem.events.contiguous()
+        columns = _columns(layout)
+        digits = layout.digit_table(torch.float32, torch.device("cpu"))
         lengths = problem.lengths.to(torch.int64)
         offsets = torch.zeros(users + 1, dtype=torch.int64)
         torch.cumsum(lengths, 0, out=offsets[1:])
-        order = lengths.argsort(descending=True)
-        columns = _columns(problem.layout)
         threads = torch.get_num_threads()
-        library.sid_scratch_floats.restype = ctypes.c_int64
-        scratch_floats = library.sid_scratch_floats(
-            *(ctypes.c_int64(n) for n in (events.shape[1], rows, tables))
+        library.sid_attention_scratch.restype = ctypes.c_int64
+        scratch_floats = library.sid_attention_scratch(
+            *(ctypes.c_int64(n) for n in (events.shape[1], features, rows, tables))
         )
-        scratch = torch.empty(threads * scratch_floats)
-        self._alive = (query, events, offsets, offset, bias, columns, order, scratch)
+        bias = None if problem.bias is None else problem.bias.to(torch.float32).contiguous()
+        tensors = (
+            problem.query.contiguous(),
+            offsets,
+            None if problem.offset is None else problem.offset.contiguous(),
+            bias,
+            lengths.argsort(descending=True),
+            torch.empty(threads * scratch_floats),
+        )
+        self._alive = (*tensors, events, columns, digits)
         self.struct = _Problem(
-            *(None if t is None else t.data_ptr() for t in self._alive),
+            _Layout(
+                *(t.data_ptr() for t in (events, columns, digits)),
+                events.shape[1],
+                features,
+                layout.digit_width,
+                int(layout.shares_digit_table),
+            ),
+            *(None if t is None else t.data_ptr() for t in tensors),
             users,
             rows,
-            features,
-            events.shape[1],
             problem.heads,
             0 if bias is None else bias.shape[1],
             int(problem.softmax),
