@@ -20,9 +20,9 @@ def sample_impressed(
 ) -> Tensor:
     """Rows for a quantizer's ``fit``, drawn with replacement in proportion to ``impressions ** power``.
 
-    SIDs learned on impressed items ("Better Generalization with Semantic IDs", arXiv 2306.08121) spend their
-    codes where the traffic is: items seen often get prefixes of their own, rare ones share. Items never
-    impressed are not drawn; encode them afterwards like new items.
+    SIDs learned on impressed items ("Better Generalization with Semantic IDs", arXiv 2306.08121) spend
+    their codes where the traffic is: items seen often get prefixes of their own, rare ones share. Items
+    never impressed are not drawn; encode them afterwards like new items.
 
     Args:
         embeddings: ``[N, d]`` floating point.
