@@ -62,7 +62,7 @@ class CompareConfig:
     """What learns the SIDs."""
     model: RankingConfig = field(default_factory=RankingConfig)
     """Backbone; its arm is ignored."""
-    batch_size: int = 512
+    batch_size: int = 256
     """Rows per step over all processes."""
 
 

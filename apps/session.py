@@ -51,7 +51,7 @@ class TrainConfig:
     """Optimizer of the embedding tables."""
     dense_lr: float = 2e-3
     """Learning rate of Adam on everything else."""
-    batch_size: int = 512
+    batch_size: int = 256
     """Rows per step over all processes."""
     epochs: int = 1
     """Passes over the training events."""
