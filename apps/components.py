@@ -232,7 +232,13 @@ def _single(
 
 def _environment(env: Optional[Dict[str, str]], gpu: int, *, local: bool) -> Dict[str, str]:  # noqa: UP006, UP045
     """Defaults that the caller's variables replace."""
-    defaults = {"PYTHONUNBUFFERED": "1", "LOGLEVEL": "WARNING"}
+    # torch.distributed.run keeps one store over restarts, in which restarted ranks find the addresses of
+    # the dead ones and wait for ever; this makes it start a new store each time.
+    defaults = {
+        "LOGLEVEL": "WARNING",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     if gpu == 0:
         # Processes share the cores: each with its own pool of threads is several times slower.
         defaults["OMP_NUM_THREADS"] = "1"

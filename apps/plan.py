@@ -97,6 +97,7 @@ class PlanConfig:
 def main() -> None:
     """Command line."""
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    logging.getLogger("torch").setLevel(logging.ERROR)
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log file has room for the whole table

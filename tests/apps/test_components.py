@@ -37,7 +37,7 @@ def test_train_runs_its_ranks_and_restarts_a_failed_one(tmp_path):
             "tests.apps.probe",
         ),
         *("--max_restarts", "1", "--env", "EXTRA=yes,OMP_NUM_THREADS=3"),
-        *("--", str(tmp_path), "fail-once", "--note", "a b", "$HOME"),
+        *("--", str(tmp_path), "die-once", "--note", "a b", "$HOME"),
     )
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert "SUCCEEDED" in result.stdout + result.stderr
@@ -46,6 +46,7 @@ def test_train_runs_its_ranks_and_restarts_a_failed_one(tmp_path):
         assert values["WORLD_SIZE"] == values["LOCAL_WORLD_SIZE"] == "2"
         assert values["arguments"] == ["--note", "a b", "$HOME"]
         assert values["attempt"] == "1"
+        assert values["total"] == 2
         assert values["executable"] == sys.executable
         assert values["EXTRA"] == "yes"
         assert values["OMP_NUM_THREADS"] == "3"
