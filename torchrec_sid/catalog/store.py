@@ -70,6 +70,11 @@ class SidCatalog:
     def __len__(self) -> int:
         return sum(part.info.items for part in self.parts)
 
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether a folder holds a complete catalog."""
+        return manifests.exists(Path(path))
+
     @classmethod
     def create(
         cls,

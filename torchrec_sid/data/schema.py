@@ -83,6 +83,7 @@ class LogFolder:
         *,
         source: str | None = None,
         missing_embedding: MissingEmbedding | None = None,
+        events: bool = True,
     ) -> LogFolder:
         """Open a folder and check that its files fit together (cheap; see :meth:`validate` for the rest).
 
@@ -94,6 +95,7 @@ class LogFolder:
                 source, ``"error"`` refuses them. Without it: ``missing_embedding`` in dataset.json, else
                 ``"drop"`` where an ``item_emb_rows.parquet`` declares which items have one, else
                 ``"error"``.
+            events: whether there must be an events.parquet; quantizers need none.
 
         Raises:
             SidError: a missing column, a wrong type, a duplicate item id, a row count mismatch.
@@ -104,7 +106,8 @@ class LogFolder:
             raise SidError(str(path), "no such folder", "Pass a folder as docs/data.md describes it.")
         settings = _read_settings(path)
         ids = _read_item_ids(path)
-        open_parquet(path / EVENTS)
+        if events:
+            open_parquet(path / EVENTS)
         files = find_embeddings(path)
         name = source or settings.get("default_source") or _richest(path, files)
         if name not in {f.name for f in files}:

@@ -124,7 +124,7 @@ def judge(
         return Verdict(
             "nearly unique",
             f"{grouping} items (items per prefix: {shared}); longer prefixes are item ids under another "
-            f"name, through which items share nothing. Fewer codes per level let more levels share.",
+            f"name, through which items share little. Fewer codes per level let more levels share.",
         )
     return Verdict(
         "healthy",

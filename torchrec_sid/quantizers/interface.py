@@ -75,8 +75,12 @@ class Quantizer(nn.Module, ABC):
         """Learn from embeddings: anything :func:`~torchrec_sid.quantizers.stream.open_stream` takes."""
 
     @abstractmethod
-    def encode(self, x: Any) -> Tensor:
-        """Embeddings ``[N, d]`` float -> codes ``[N, L]`` int64, without gradient."""
+    def encode(self, x: Any, *, beam: int = 1) -> Tensor:
+        """Embeddings ``[N, d]`` float -> codes ``[N, L]`` int64, without gradient.
+
+        ``beam`` hypotheses are kept per level; 1 is greedy. Codebooks are fitted greedily either way, so
+        that a prefix means the same for every item.
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Any:

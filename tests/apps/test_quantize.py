@@ -1,0 +1,188 @@
+"""The quantize app: a folder in; quantizer, catalog and report out; and new items appended."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from apps.quantize import Quantization, QuantizeConfig, main, quantize
+from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.quantizers import (
+    DiscretePcaConfig,
+    ResidualKMeansConfig,
+    RqVaeConfig,
+    load_quantizer,
+)
+
+KMEANS = ResidualKMeansConfig(cardinalities=(8, 8))
+
+
+def write_items(folder: Path, ids: np.ndarray, seed: int = 0, dim: int = 16) -> np.ndarray:
+    """Items of six topics with a title and a category; no events."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    topic = random.integers(0, 6, len(ids))
+    middle = np.random.default_rng(99).standard_normal((6, dim))
+    x = (middle[topic] + 0.3 * random.standard_normal((len(ids), dim))).astype(np.float32)
+    np.save(folder / "item_emb.npy", x)
+    titles = [f"topic {t} item {i} <&>" for t, i in zip(topic, ids, strict=True)]
+    categories = [f"t{t}, other" for t in topic]
+    pq.write_table(
+        pa.table({"item_id": ids, "title": titles, "kind": categories}), folder / "items.parquet"
+    )
+    return x
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> QuantizeConfig:
+    write_items(tmp_path / "data", 10 * np.arange(600))
+    return QuantizeConfig(
+        str(tmp_path / "data"), str(tmp_path / "out"), residual_kmeans=KMEANS, report=False
+    )
+
+
+def changed(config: QuantizeConfig, **fields: object) -> Quantization:
+    output = str(Path(config.output).with_name("changed"))
+    return quantize(dataclasses.replace(config, **{"output": output, **fields}))  # type: ignore[arg-type]
+
+
+def test_a_folder_becomes_a_catalog_and_a_report(config: QuantizeConfig) -> None:
+    x = torch.from_numpy(np.load(Path(config.data) / "item_emb.npy"))
+    result = quantize(dataclasses.replace(config, label="kind", separator=", ", parquet=True, report=True))
+    output = Path(config.output)
+    loaded = load_quantizer(output / "quantizer.safetensors")
+    catalog = SidCatalog.open(output / "catalog")
+    assert catalog.quantizer_fingerprint == loaded.fingerprint == result.quantizer.fingerprint
+    assert torch.equal(catalog.codes(10 * torch.arange(600)), loaded.encode(x))
+    quality = json.loads((output / "quality.json").read_text())
+    assert 0 < quality["held_out"] < 120 and quality["items"] == 600
+    assert quality["prefixes"][0]["purity"]["kind"] > 0.95 and quality["verdict"]["name"] == "healthy"
+    assert quality["catalog_fingerprint"] == catalog.fingerprint
+    page = (output / "report.html").read_text()
+    assert "healthy" in page and "data:image/png;base64," in page and "src='quality" not in page
+    assert "&lt;&amp;&gt;" in page and "<&>" not in page, "texts of items are escaped"
+    example = quality["examples"][0]
+    topics = {name.split()[1] for name in example["names"]}
+    assert len(example["names"]) == 5 and len(topics) == 1, "the items nearest to a prefix are of one topic"
+    assert pq.read_table(output / "sids.parquet").num_rows == 600
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", 1),
+        ("held_out", 0.4),
+        ("beam", 4),
+        ("residual_kmeans", ResidualKMeansConfig(cardinalities=(8, 9))),
+        ("quantizer", "discrete_pca"),
+    ],
+)
+def test_options_change_the_catalog(config: QuantizeConfig, field: str, value: object) -> None:
+    before = quantize(config).catalog
+    after = changed(config, **{field: value}).catalog
+    assert after.fingerprint != before.fingerprint and len(after) == len(before)
+
+
+def test_every_quantizer_can_be_chosen(config: QuantizeConfig) -> None:
+    trits = changed(config, quantizer="discrete_pca", discrete_pca=DiscretePcaConfig(stages=((2, 3),) * 3))
+    assert trits.catalog.spec.cardinalities == (3,) * 6
+    small = RqVaeConfig(cardinalities=(8, 8), epochs=1)
+    vae = changed(config, quantizer="rq_vae", rq_vae=small, overwrite=True)
+    assert vae.catalog.spec.cardinalities == (8, 8) and vae.quantizer.kind == "rq_vae"
+
+
+def test_another_source_and_rows_of_ones_own_choice(config: QuantizeConfig) -> None:
+    other = np.random.default_rng(5).standard_normal((600, 5)).astype(np.float16)
+    np.save(Path(config.data) / "item_emb_image.npy", other)
+    assert changed(config, source="image").quantizer.dim == 5
+    rows = np.arange(600) < 300
+    chosen = quantize(config, fit_rows=rows)
+    assert chosen.quality.held_out == 300 and chosen.quality.items == 600
+    everything = changed(config, held_out=0.0, overwrite=True)
+    assert everything.quality.held_out == 600, "with nothing held out, errors are those of the fitted items"
+
+
+@pytest.mark.parametrize("last_digit", [0, 64])
+def test_new_items_are_appended_and_nothing_moves(
+    config: QuantizeConfig, tmp_path: Path, last_digit: int
+) -> None:
+    first = quantize(dataclasses.replace(config, last_digit=last_digit))
+    ids = torch.from_numpy(10 * np.arange(600))
+    published = first.catalog.lookup(ids)
+    write_items(
+        tmp_path / "more", np.concatenate([10 * np.arange(580, 600), 10 * np.arange(100) + 1]), seed=1
+    )
+    more = dataclasses.replace(
+        config, data=str(tmp_path / "more"), output=str(tmp_path / "new"), append_to=config.output
+    )
+    second = quantize(more)
+    assert second.catalog.generation == 2 and len(second.catalog) == 700
+    assert torch.equal(second.catalog.lookup(ids), published)
+    assert second.quality.items == second.quality.held_out == 100, "the report is about the new items"
+    assert second.quality.fvu < 0.5, "new items of the same topics fit the frozen quantizer"
+    if last_digit:
+        every = second.catalog.item_ids()
+        assert len(second.catalog.lookup(every).unique()) == 700
+    with pytest.raises(SidError, match="every item is in the catalog already"):
+        quantize(more)
+
+
+def test_bad_input_is_refused_before_anything_is_written(config: QuantizeConfig, tmp_path: Path) -> None:
+    write_items(tmp_path / "nan", np.arange(50))
+    x = np.load(tmp_path / "nan" / "item_emb.npy")
+    x[7, 3] = np.nan
+    np.save(tmp_path / "nan" / "item_emb.npy", x)
+    with pytest.raises(SidError, match="row 7 holds a NaN"):
+        quantize(dataclasses.replace(config, data=str(tmp_path / "nan"), held_out=0.0))
+    write_items(tmp_path / "short", np.arange(50))
+    np.save(tmp_path / "short" / "item_emb.npy", x[:40])
+    with pytest.raises(SidError, match="40 rows for 50 items"):
+        quantize(dataclasses.replace(config, data=str(tmp_path / "short")))
+    with pytest.raises(SidError, match="no such folder"):
+        quantize(dataclasses.replace(config, data=str(tmp_path / "gone")))
+    with pytest.raises(SidError, match="no column 'colour'"):
+        quantize(dataclasses.replace(config, label="colour"))
+    assert not Path(config.output).exists()
+
+
+def test_an_existing_catalog_is_safe(config: QuantizeConfig, tmp_path: Path) -> None:
+    first = quantize(config)
+    with pytest.raises(SidError, match="holds a catalog already"):
+        quantize(config)
+    assert SidCatalog.open(Path(config.output) / "catalog").fingerprint == first.catalog.fingerprint
+    again = quantize(dataclasses.replace(config, overwrite=True, seed=3))
+    assert again.catalog.fingerprint != first.catalog.fingerprint
+    # A quantizer that is not the catalog's own must not append to it.
+    write_items(tmp_path / "more", np.arange(5))
+    other = changed(config, seed=4)
+    other.quantizer.save(Path(config.output) / "quantizer.safetensors")
+    with pytest.raises(ArtifactError, match="was made by quantizer"):
+        quantize(dataclasses.replace(config, data=str(tmp_path / "more"), append_to=config.output))
+
+
+@pytest.mark.parametrize("fields", [{"held_out": 1.0}, {"held_out": -0.1}, {"last_digit": 1}])
+def test_bad_options_are_named(fields: dict[str, float]) -> None:
+    with pytest.raises(SidError, match=next(iter(fields))):
+        QuantizeConfig("data", **fields)  # type: ignore[arg-type]
+
+
+def test_the_command_line(config: QuantizeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "--data",
+        config.data,
+        "--output",
+        config.output,
+        "--residual-kmeans.cardinalities",
+        "[8, 8]",
+    ]
+    main(command)
+    out = capsys.readouterr().out
+    assert "healthy" in out and "report.html" in out.replace("\n", "")
+    with pytest.raises(SystemExit, match="holds a catalog already"):
+        main(command)
