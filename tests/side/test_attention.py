@@ -41,7 +41,7 @@ def compiled() -> None:
     mask=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_equals_decode_then_attend(backend, spec, lengths, candidates, heads, activation, **rest) -> None:
     if backend == "cpu" and spec == "wide":
         backend = "auto"

@@ -68,7 +68,7 @@ class Worker {
       const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
       coder_.gather(table_[0], transposed_[0], at, n, base, scores_);
       add_bias(b, at, n);
-      F sum = F{}, shift = F{};
+      F shift = F{};
       if (p_.softmax) {
         const F before = peak;
         for (int i = 0; i < n; i++) {
@@ -84,12 +84,11 @@ class Worker {
       }
       for (int i = 0; i < n; i++) {
         const F s = load<L>(scores_ + i * L);
-        const F w = p_.softmax ? vexp<L>(s - shift) : sigmoid(s);
-        store<L>(scores_ + i * L, w);
-        sum += w;
+        store<L>(scores_ + i * L, p_.softmax ? vexp<L>(s - shift) : sigmoid(s));
       }
-      total += sum;
+      total += sum_of(n, [&](int i) { return load<L>(scores_ + i * L); });
       coder_.scatter(sums_, at, n, scores_);
+      coder_.settle(sums_);
     }
     coder_.fold(sums_, p_.softmax ? 1.0f / at_least_tiny(total) : splat<L>(1.0f), out.z, rows(b, p_.query));
     for (int l = 0; l < b.lanes; l++) {
@@ -122,18 +121,15 @@ class Worker {
       if (p_.softmax && n == end - begin) {
         // The whole history is at hand: the mean of these very products cancels exactly where one event
         // has all the weight.
-        delta = F{};
-        for (int i = 0; i < n; i++) delta += load<L>(scores_ + i * L) * load<L>(grads_ + i * L);
+        delta = sum_of(n, [&](int i) { return load<L>(scores_ + i * L) * load<L>(grads_ + i * L); });
       }
-      F sum = F{};
       for (int i = 0; i < n; i++) {
         const F w = load<L>(scores_ + i * L), g = load<L>(grads_ + i * L);
-        const F d = p_.softmax ? w * (g - delta) : w * (1.0f - w) * (g + grad_total);
-        store<L>(scores_ + i * L, d);
-        sum += d;
+        store<L>(scores_ + i * L, p_.softmax ? w * (g - delta) : w * (1.0f - w) * (g + grad_total));
       }
-      total += sum;
+      total += sum_of(n, [&](int i) { return load<L>(scores_ + i * L); });
       coder_.scatter(sums_, at, n, scores_);
+      coder_.settle(sums_);
       if (args.grad_bias) collect_bias(b, at, n, args.grad_bias);
     }
     coder_.fold(sums_, splat<L>(1.0f), args.grad_query, rows(b, p_.query));
@@ -157,6 +153,18 @@ class Worker {
   }
 
   static F sigmoid(F s) { return 1.0f / (1.0f + vexp<L>(-s)); }
+
+  // Sum over i < n in two steps, whose rounding grows with the square root of what one step's would.
+  template <typename Term>
+  static F sum_of(int n, Term term) {
+    F sum = F{};
+    for (int first = 0; first < n; first += 32) {
+      F part = F{};
+      for (int i = first; i < std::min(n, first + 32); i++) part += term(i);
+      sum += part;
+    }
+    return sum;
+  }
 
   static bool differ(F a, F b) {
     bool any = false;

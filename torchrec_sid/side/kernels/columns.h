@@ -13,6 +13,9 @@
 
 constexpr int kRows = 256;  // of every table, whatever the column's alphabet: a byte is always a safe index
 constexpr int kMaxDigits = 8;  // a byte holds at most 8 binary digits
+// Columns of few values add many weights to each: their sums are kept in two steps, a chunk of events at a
+// time, the running ones in the unused rows from kCarry on, so that rounding does not grow with the history.
+constexpr int kFew = 64, kCarry = 128;
 
 struct Column {
   int32_t start, values, width, radices[kMaxDigits];  // width 0: one-hot
@@ -107,7 +110,22 @@ class Coder {
       std::fill_n(sums, l_.features * L, 0.0f);
       return;
     }
-    for (int64_t c = 0; c < l_.count; c++) std::fill_n(row(sums, c, 0), l_.columns[c].values * L, 0.0f);
+    for (int64_t c = 0; c < l_.count; c++) {
+      const int values = l_.columns[c].values;
+      std::fill_n(row(sums, c, 0), values * L, 0.0f);
+      if (values <= kFew) std::fill_n(row(sums, c, kCarry), values * L, 0.0f);
+    }
+  }
+
+  // End of a chunk of events.
+  void settle(float* sums) const {
+    if (direct_) return;
+    for (int64_t c = 0; c < l_.count; c++)
+      for (int v = 0; l_.columns[c].values <= kFew && v < l_.columns[c].values; v++) {
+        float *h = row(sums, c, v), *carry = row(sums, c, kCarry + v);
+        store<L>(carry, load<L>(carry) + load<L>(h));
+        store<L>(h, F{});
+      }
   }
 
   // Add events at .. at + n - 1, times their weights.
@@ -132,11 +150,10 @@ class Coder {
       for (int64_t f = 0; f < l_.features; f++) store<L>(sums + f * L, load<L>(sums + f * L) * factor);
       return;
     }
-    for (int64_t c = 0; c < l_.count; c++)
-      for (int v = 0; v < l_.columns[c].values; v++) {
-        float* h = row(sums, c, v);
-        store<L>(h, load<L>(h) * factor);
-      }
+    for (int64_t c = 0; c < l_.count; c++) {
+      float* h = row(sums, c, l_.columns[c].values <= kFew ? kCarry : 0);
+      for (int v = 0; v < l_.columns[c].values; v++) store<L>(h + v * L, load<L>(h + v * L) * factor);
+    }
   }
 
   // Write scale times the weighted sums, per feature, into the rows of `out`; uses `sums` up.
@@ -147,7 +164,7 @@ class Coder {
     }
     for (int64_t c = 0; c < l_.count; c++) {
       const Column& column = l_.columns[c];
-      float* h = row(sums, c, 0);
+      float* h = row(sums, c, column.values <= kFew ? kCarry : 0);
       if (!column.width) {
         for (int v = 0; v < column.values; v++) put(out, rows, column.start + v, load<L>(h + v * L) * scale);
         continue;
