@@ -23,7 +23,7 @@ from torchrec_sid.models.arms import arm_named
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.optimizer import TableOptimizer
-from torchrec_sid.parallel.plan_file import load_plan
+from torchrec_sid.parallel.plan_file import load_plan, plan_to_json
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.ranks import Ranks
@@ -189,7 +189,11 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
             identity=identity,
         ),
         checkpoint_every=config.checkpoint_every,
-        metadata={"config": asdict(config), "world_size": ranks.size},
+        metadata={
+            "config": asdict(config),
+            "world_size": ranks.size,
+            "plan": plan_to_json(sharded.plan),
+        },
         pipelined=config.pipelined,
     )
     sids = None if catalog is None else catalog.lookup(torch.from_numpy(np.array(log.item_ids)))

@@ -138,15 +138,18 @@ def save_sharded(folder, bags, optimizer, momentum):
 def test_what_torchrec_cannot_reshard_is_refused(tmp_path):
     run_ranks(save_sharded, 2, tmp_path / "columns", "column_wise", "rowwise_adagrad", 0.0)
     run_ranks(save_sharded, 2, tmp_path / "replicated", "data_parallel", "adagrad", 0.0)
+    run_ranks(save_sharded, 2, tmp_path / "rows", "row_wise", "rowwise_adagrad", 0.0)
     cases = [
         (tmp_path / "columns", {}, "row_wise", "rowwise_adagrad"),
         (tmp_path / "replicated", {}, "row_wise", "adagrad"),
+        (tmp_path / "rows", {}, "data_parallel", "rowwise_adagrad"),
+        (tmp_path / "rows", {}, "column_wise", "rowwise_adagrad"),
     ]
     first, second = run_ranks(load_several, 2, cases)
     assert first == second
     for _, text in first:
         assert "Resume with the" in text
-        assert "sharding plan that the checkpoint's metadata holds." in text
+        assert "sharding plan of the checkpoint: --plan takes its directory." in text
     assert "ize mismatch" in first[0][1]
     assert "lacks" in first[1][1]
 

@@ -9,6 +9,7 @@ from tests.parallel.models import Planned
 from tests.parallel.test_planning import BASE
 from tests.parallel.toy import Toy
 from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.plan_file import check_plan, load_plan, plan_from_json, plan_to_json, save_plan
 from torchrec_sid.parallel.planner_config import PlannerConfig, TableConstraint, TopologyConfig
 from torchrec_sid.parallel.planning import make_plan
@@ -70,6 +71,18 @@ def test_bad_plan_files(tmp_path, text, message):
 def test_a_missing_plan_file(tmp_path):
     with pytest.raises(ArtifactError, match="no such file. Make a plan with python -m apps.plan"):
         load_plan(tmp_path / "plan.json")
+
+
+def test_a_checkpoint_gives_its_plan(tmp_path):
+    model = Toy()
+    plan = plan_for(model)
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"model": model.state_dict()}, {"plan": plan_to_json(plan)})
+        manager.save(2, {"model": model.state_dict()}, {})
+    first, second = sorted(tmp_path.iterdir())
+    assert load_plan(first).plan == plan.plan
+    with pytest.raises(ArtifactError, match="000002-step-2: is not a sharding plan"):
+        load_plan(second)
 
 
 def test_what_has_no_json_form_is_refused():

@@ -183,7 +183,7 @@ class CheckpointManager:
         saved = set(reader.read_metadata().state_dict_metadata)
         wanted = set().union(*self._ranks.all(lambda: entry_names(state), where=where))
         check_entries(where, wanted, saved, tops=state, allow_extra=partial_state)
-        remedy = "Resume with the sharding plan that the checkpoint's metadata holds."
+        remedy = "Resume with the sharding plan of the checkpoint: --plan takes its directory."
         group = self._ranks.group
         try:
             _quietly(lambda: dcp_load(state, storage_reader=reader, process_group=group))

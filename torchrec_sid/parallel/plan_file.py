@@ -25,6 +25,7 @@ from torchrec.modules.embedding_configs import DataType
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.parallel.checkpoint_files import read_checkpoint
 from torchrec_sid.parallel.tables import find_tables
 
 LAYOUT_VERSION = 1
@@ -76,10 +77,15 @@ def save_plan(path: str | Path, plan: ShardingPlan) -> None:
 def load_plan(path: str | Path) -> ShardingPlan:
     """Read a plan written by :func:`save_plan`; equal to the one that was saved.
 
+    Args:
+        path: the file, or a checkpoint's directory, whose metadata holds the plan under ``plan``.
+
     Raises:
-        ArtifactError: missing, not JSON, not a plan.
+        ArtifactError: missing, not JSON, not a plan, a checkpoint without one.
     """
     path = Path(path)
+    if path.is_dir():
+        return plan_from_json(read_checkpoint(path).metadata.get("plan"), str(path))
     if not path.is_file():
         raise ArtifactError(str(path), "no such file", "Make a plan with python -m apps.plan.")
     try:
