@@ -1,16 +1,24 @@
 """Quantizers: content embeddings to Semantic IDs."""
 
 from torchrec_sid.quantizers.dpca import DiscretePca, DiscretePcaConfig
+from torchrec_sid.quantizers.fusion_config import VqFusionConfig
+from torchrec_sid.quantizers.fusion_report import CategoryReport, EmbeddingReport
+from torchrec_sid.quantizers.fusion_sources import CategorySource, EmbeddingSource
 from torchrec_sid.quantizers.interface import FitReport, Quantized, Quantizer
 from torchrec_sid.quantizers.load import load_quantizer
 from torchrec_sid.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from torchrec_sid.quantizers.rq_vae import RqVae, RqVaeConfig
 from torchrec_sid.quantizers.usage import CollapseError
+from torchrec_sid.quantizers.vq_fusion import VqFusion
 
 __all__ = [
+    "CategoryReport",
+    "CategorySource",
     "CollapseError",
     "DiscretePca",
     "DiscretePcaConfig",
+    "EmbeddingReport",
+    "EmbeddingSource",
     "FitReport",
     "Quantized",
     "Quantizer",
@@ -18,5 +26,7 @@ __all__ = [
     "ResidualKMeansConfig",
     "RqVae",
     "RqVaeConfig",
+    "VqFusion",
+    "VqFusionConfig",
     "load_quantizer",
 ]

@@ -78,12 +78,65 @@ class Trainee(NamedTuple):
     """Parameters that learn at ``encoder_rate`` times the learning rate."""
     decoder: list[nn.Parameter]
     """Parameters that learn at the full rate."""
-    step: Callable[[Rows], Step]
-    """The loss of a batch."""
+    step: Callable[[Rows, int], Step]
+    """The loss of a batch; the integer seeds what is random in it, and differs from step to step."""
     measure: Callable[[], float]
     """Error on a fixed sample, the same on every rank; the state with the lowest one is kept."""
     manifest: dict[str, Any]
     """What the fit is of (kind, dim, configuration); a checkpoint of another fit is refused."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What the caller of a fit may ask for beside the data."""
+
+    progress: bool = False
+    """Show a bar with loss, usage and perplexity per level; they are logged as well."""
+    checkpoint: str | Path | None = None
+    """File from which an interrupted fit continues; on several ranks, on a disk they share."""
+    checkpoint_every: int = 500
+    """Steps between writes of that file."""
+
+    def resumes(self, ranks: Ranks) -> bool:
+        """Whether there is something to continue from; rank 0 decides."""
+        return ranks.agree(self.checkpoint is not None and Path(self.checkpoint).is_file())
+
+
+def train(
+    title: str,
+    trainee: Trainee,
+    start: Callable[[], Iterable[Rows]],
+    *,
+    rows: int,
+    config: TrainingConfig,
+    seed: int,
+    ranks: Ranks,
+    options: FitOptions,
+) -> None:
+    """Train a model from its start, or from its checkpoint, for the epochs of its configuration.
+
+    Args:
+        title: of the progress bar.
+        trainee: the model.
+        start: starts a pass over this rank's rows.
+        rows: items of all ranks.
+        config: see :class:`TrainingConfig`.
+        seed: of everything random in training.
+        ranks: the processes of the fit.
+        options: see :class:`FitOptions`.
+
+    Raises:
+        CollapseError: usage collapsed, or the loss is not finite.
+        ArtifactError: the checkpoint belongs to another fit.
+    """
+    steps = math.ceil(config.epochs * rows / (config.batch_size * ranks.size))
+    batches = ShuffledBatches(
+        start, batch_size=config.batch_size, buffer_rows=config.buffer_rows, seed=seed
+    )
+    trainee.module.train()
+    fit = GradientFit(trainee, batches, config, steps=steps, ranks=ranks, seed=seed)
+    fit.run(title, options)
+    trainee.module.eval()
 
 
 class GradientFit:
@@ -121,20 +174,15 @@ class GradientFit:
         self._best_error = math.inf
         self._best: dict[str, Tensor] = {}
 
-    def run(self, title: str, *, show: bool, checkpoint: str | Path | None, every: int) -> None:
+    def run(self, title: str, options: FitOptions) -> None:
         """Train, keep the state with the lowest measured error, and leave the model in it.
-
-        Args:
-            title: of the progress bar.
-            show: whether to draw it.
-            checkpoint: file written every ``every`` steps and at the end; continued from if it exists.
-            every: steps.
 
         Raises:
             CollapseError: usage collapsed, or the loss is not finite.
             ArtifactError: the checkpoint belongs to another fit.
         """
-        if checkpoint is not None and Path(checkpoint).is_file():
+        checkpoint, every = options.checkpoint, options.checkpoint_every
+        if checkpoint is not None and options.resumes(self._ranks):
             self._resume(checkpoint)
         else:
             self._keep_if_best()
@@ -144,7 +192,7 @@ class GradientFit:
         window = max(math.ceil(monitor.window_rows / rows), self._steps // _READINGS, 1)
         measure_every = max(1, self._steps // _MEASUREMENTS)
         with live_readout(
-            title, self._steps, start=self._step, show=show and self._ranks.rank == 0
+            title, self._steps, start=self._step, show=options.progress and self._ranks.rank == 0
         ) as report:
             while self._step < self._steps:
                 output = self._train(next(batches))
@@ -162,13 +210,13 @@ class GradientFit:
         scale = self._schedule()
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * scale
-        output = self._trainee.step(batch)
+        seed = self._seed * 1_000_003 + self._step
+        output = self._trainee.step(batch, seed)
         self._optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         self._ranks.mean_gradients_([*self._trainee.encoder, *self._trainee.decoder])
         self._optimizer.step()
         self._step += 1
-        seed = self._seed * 1_000_003 + self._step
         self._trainee.bottleneck.follow(output.z, output.quantized, self._ranks, seed)
         return output
 

@@ -66,6 +66,13 @@ class Ranks:
             with torch.no_grad():
                 tensor.copy_(sent)
 
+    def agree(self, decision: bool) -> bool:
+        """What rank 0 decided."""
+        on_gpu = self._group is not None and dist.get_backend(self._group) == "nccl"
+        flag = torch.tensor([int(decision)], device="cuda" if on_gpu else "cpu")
+        self.broadcast_([flag])
+        return bool(flag)
+
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows ``[n_r, ...]`` of all ranks in rank order, ``[sum n_r, ...]``; counts may differ."""
         if self.size == 1:

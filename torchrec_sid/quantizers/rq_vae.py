@@ -17,13 +17,13 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
 from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
 from torchrec_sid.quantizers.dpca_fit import top_directions
-from torchrec_sid.quantizers.gradient_fit import GradientFit, Step, Trainee, TrainingConfig, trainable
+from torchrec_sid.quantizers.gradient_fit import FitOptions, Step, Trainee, TrainingConfig, train, trainable
 from torchrec_sid.quantizers.gradients import GradientName, pass_gradient
 from torchrec_sid.quantizers.interface import FitReport, Quantized, Quantizer
 from torchrec_sid.quantizers.networks import LinearPlusMlp
 from torchrec_sid.quantizers.ranks import Ranks
 from torchrec_sid.quantizers.sample import StreamMoments, stream_moments
-from torchrec_sid.quantizers.shuffle import Rows, ShuffledBatches
+from torchrec_sid.quantizers.shuffle import Rows
 from torchrec_sid.quantizers.stream import EmbeddingData, EmbeddingStream, open_stream
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
@@ -159,7 +159,7 @@ class RqVae(Quantizer):
             ArtifactError: the checkpoint belongs to another fit.
         """
         began = time.perf_counter()
-        ranks = Ranks(group)
+        ranks, options = Ranks(group), FitOptions(progress, checkpoint, checkpoint_every)
         stream = open_stream(data)
         self._check_dim(stream.dim, stream.name)
 
@@ -169,12 +169,21 @@ class RqVae(Quantizer):
         own = EmbeddingStream(lambda: (batch for (batch,) in own_rows()), self.dim, None, stream.name)
         moments = self._moments(own, ranks)
         variance = float(moments.covariance.trace())
-        resuming = checkpoint is not None and Path(checkpoint).is_file()
-        if not resuming:
+        if not options.resumes(ranks):
             self._start(moments, ranks)
         if variance > 0:
-            self._train(own_rows, moments, ranks, progress, checkpoint, checkpoint_every)
-        self.eval()
+            trainee = self._trainee(moments.sample[:_MEASURED_ROWS])
+            config = self.config
+            train(
+                "RQ-VAE",
+                trainee,
+                own_rows,
+                rows=moments.rows,
+                config=config,
+                seed=config.seed,
+                ranks=ranks,
+                options=options,
+            )
         self.fitted.fill_(True)
         fvu = self._measure_levels(own, ranks, variance * moments.rows)
         return FitReport(moments.rows, time.perf_counter() - began, fvu)
@@ -198,33 +207,16 @@ class RqVae(Quantizer):
         start_bottleneck(self.bottleneck, z, rows_per_step=step, seed=self.config.seed)
         ranks.broadcast_(self.state_dict().values())
 
-    def _train(
-        self,
-        own_rows: Any,
-        moments: StreamMoments,
-        ranks: Ranks,
-        progress: bool,
-        checkpoint: str | Path | None,
-        every: int,
-    ) -> None:
-        config = self.config
-        sample = moments.sample[:_MEASURED_ROWS]
-        batches = ShuffledBatches(
-            own_rows, batch_size=config.batch_size, buffer_rows=config.buffer_rows, seed=config.seed
-        )
-        trainee = Trainee(
+    def _trainee(self, sample: Tensor) -> Trainee:
+        return Trainee(
             module=self,
             bottleneck=self.bottleneck,
             encoder=trainable([self.encoder]),
             decoder=trainable([self.decoder, self.bottleneck]),
-            step=self._step,
+            step=lambda batch, _: self._step(batch),
             measure=lambda: self._sample_error(sample),
             manifest={"kind": self.kind, **self._manifest()},
         )
-        steps = math.ceil(config.epochs * moments.rows / (config.batch_size * ranks.size))
-        fit = GradientFit(trainee, batches, config, steps=steps, ranks=ranks, seed=config.seed)
-        self.train()
-        fit.run("RQ-VAE", show=progress, checkpoint=checkpoint, every=every)
 
     def _step(self, batch: Rows) -> Step:
         x = self._normalise(batch[0].to(self.mean.device))

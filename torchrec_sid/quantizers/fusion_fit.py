@@ -1,0 +1,177 @@
+"""The fit of a fused quantizer: statistics, start, training step, errors by level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchrec_sid.errors import SidError
+from torchrec_sid.quantizers.bottleneck import BottleneckOutput
+from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.dpca_fit import top_directions
+from torchrec_sid.quantizers.fusion_data import FusionData
+from torchrec_sid.quantizers.fusion_heads import info_nce, source_errors
+from torchrec_sid.quantizers.gradient_fit import FitOptions, Step, Trainee, train, trainable
+from torchrec_sid.quantizers.gradients import pass_gradient
+from torchrec_sid.quantizers.ranks import Ranks
+from torchrec_sid.quantizers.sample import StreamMoments, stream_moments
+from torchrec_sid.quantizers.shuffle import Rows
+from torchrec_sid.quantizers.stream import EmbeddingStream
+from torchrec_sid.seeding import derived_generator
+
+if TYPE_CHECKING:
+    from torchrec_sid.quantizers.vq_fusion import VqFusion
+
+_MEASURED_ROWS = 8192
+
+
+class FusionFit:
+    """One fit of a :class:`VqFusion` to its data.
+
+    Args:
+        model: what is fitted.
+        data: the items.
+        pairs: ``[P, 2]`` int64 rows of co-engaged items, or None.
+        ranks: the processes of the fit.
+
+    Raises:
+        SidError: pairs of another shape, or outside the data.
+    """
+
+    def __init__(self, model: VqFusion, data: FusionData, pairs: Tensor | None, ranks: Ranks) -> None:
+        self._model, self._data, self._pairs, self._ranks = model, data, pairs, ranks
+        self._weights = torch.tensor(
+            [source.weight for source in model.sources.values()], device=model.inputs.mean.device
+        )
+        self.rows = 0
+        if pairs is not None:
+            _check_pairs(pairs, data)
+
+    def run(self, options: FitOptions) -> None:
+        """Fit the statistics, start in closed form or at the checkpoint, and train."""
+        model, config = self._model, self._model.config
+        self.rows = model.inputs.fit((raw for (raw,) in self._own_raw()), self._ranks)
+        moments = self._moments()
+        if not options.resumes(self._ranks):
+            self._start(moments)
+        if not bool(moments.covariance.any()):
+            return
+        train(
+            "VQ fusion",
+            self._trainee(moments.sample[:_MEASURED_ROWS]),
+            self._own_rows,
+            rows=self.rows,
+            config=config,
+            seed=config.seed,
+            ranks=self._ranks,
+            options=options,
+        )
+
+    @torch.no_grad()
+    def level_errors(self) -> tuple[float, ...]:
+        """Mean over sources, by weight, of their errors after each level, over the rows of all ranks."""
+        model = self._model
+        levels = model.spec.levels
+        total = torch.zeros(levels, len(self._weights), dtype=torch.float64, device=self._weights.device)
+        count = torch.zeros_like(total[0])
+        for (packed,) in self._own_rows():
+            present = torch.stack([part.present.sum() for part in model.inputs.split(packed)])
+            codes = model.encode_packed(packed)
+            for depth in range(1, levels + 1):
+                total[depth - 1] += self._errors(packed, codes[:, :depth]) * present
+            count += present
+        self._ranks.sum_([total, count])
+        mean = (total / count.clamp(min=1)) @ self._weights.double() / self._weights.sum().double()
+        return tuple(mean.tolist())
+
+    def _own_raw(self) -> Iterator[Rows]:
+        return self._ranks.own_rows((raw,) for raw in self._data)
+
+    def _own_rows(self) -> Iterator[Rows]:
+        return ((self._model.pack(raw),) for (raw,) in self._own_raw())
+
+    def _moments(self) -> StreamMoments:
+        """Of the packed rows of all ranks; the covariance without the flags, ``[D, D]``."""
+        inputs, config = self._model.inputs, self._model.config
+        stream = EmbeddingStream(
+            lambda: (packed for (packed,) in self._own_rows()), inputs.columns, None, "sources"
+        )
+        kept = max(1, config.buffer_rows // self._ranks.size)
+        device = inputs.mean.device
+        moments = stream_moments(stream, sample_rows=kept, seed=config.seed, device=device)
+        merged = self._ranks.merge_moments(moments)
+        return merged._replace(covariance=merged.covariance[: inputs.dim, : inputs.dim])
+
+    @torch.no_grad()
+    def _start(self, moments: StreamMoments) -> None:
+        """The encoder is a PCA, the bottleneck the closed form behind it, the heads its inverse."""
+        model = self._model
+        directions = top_directions(moments.covariance, model.bottleneck.dim).float()
+        model.encoder.linear.weight.zero_()[:, : model.inputs.dim] = directions
+        z = model.encoder(moments.sample)
+        step = model.config.batch_size * self._ranks.size
+        start_bottleneck(model.bottleneck, z, rows_per_step=step, seed=model.config.seed)
+        z_hat = model.bottleneck.decode(model.bottleneck.encode(z))
+        model.heads.start(directions, z_hat, model.inputs.split(moments.sample))
+        self._ranks.broadcast_(model.state_dict().values())
+
+    def _trainee(self, sample: Tensor) -> Trainee:
+        model = self._model
+        pairs = None if self._pairs is None else len(self._pairs)
+        return Trainee(
+            module=model,
+            bottleneck=model.bottleneck,
+            encoder=trainable([model.encoder]),
+            decoder=trainable([model.heads, model.bottleneck]),
+            step=lambda batch, seed: self._step(batch[0], seed),
+            measure=lambda: float(self._errors(sample, model.encode_packed(sample)) @ self._weights),
+            manifest={"kind": model.kind, **model.manifest(), "pairs": pairs},
+        )
+
+    def _step(self, packed: Tensor, seed: int) -> Step:
+        model, config = self._model, self._model.config
+        generator = derived_generator(seed, f"vq_fusion.step rank {self._ranks.rank}")
+        read = packed
+        if config.source_dropout and len(model.sources) > 1:
+            read = model.inputs.drop(packed, config.source_dropout, generator)
+        z = model.encoder(read)
+        quantized: BottleneckOutput = model.bottleneck(z)
+        decoded = model.heads(self._through(z, quantized))
+        errors = source_errors(model.inputs, decoded, model.inputs.split(packed))
+        loss = errors @ self._weights + quantized.loss
+        if self._pairs is not None and config.contrastive_weight:
+            draw = torch.randint(len(self._pairs), (config.contrastive_batch,), generator=generator)
+            loss = loss + config.contrastive_weight * self._contrast(self._pairs[draw])
+        return Step(loss, z, quantized)
+
+    def _through(self, z: Tensor, quantized: BottleneckOutput) -> Tensor:
+        z_hat = pass_gradient(z, quantized.z_hat, self._model.config.gradient)
+        # Codebooks that are parameters learn from the heads as well; adds 0.
+        return z_hat + (quantized.z_hat - quantized.z_hat.detach())
+
+    def _contrast(self, pairs: Tensor) -> Tensor:
+        packed = self._model.pack(self._data.gather(pairs.T.reshape(-1)))
+        z = self._model.encoder(packed)
+        left, right = self._through(z, self._model.bottleneck(z)).chunk(2)
+        return info_nce(left, right, self._model.config.contrastive_temperature)
+
+    @torch.no_grad()
+    def _errors(self, packed: Tensor, codes: Tensor) -> Tensor:
+        """Per source ``[K]``, of packed rows decoded from codes ``[N, l]``."""
+        decoded = self._model.heads(self._model.bottleneck.decode(codes))
+        return source_errors(self._model.inputs, decoded, self._model.inputs.split(packed))
+
+
+def _check_pairs(pairs: Tensor, data: FusionData) -> None:
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64 or not len(pairs):
+        raise SidError("pairs", f"{pairs.dtype} {tuple(pairs.shape)}", "Pass [P, 2] int64 row numbers.")
+    if data.rows is not None and (int(pairs.min()) < 0 or int(pairs.max()) >= data.rows):
+        raise SidError(
+            "pairs",
+            f"rows {int(pairs.min())}..{int(pairs.max())}",
+            f"The data have rows 0..{data.rows - 1}.",
+        )
+    data.gather(pairs[0])  # refuses streams before any work
