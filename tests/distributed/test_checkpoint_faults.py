@@ -148,7 +148,7 @@ def test_what_torchrec_cannot_reshard_is_refused(tmp_path):
     first, second = run_ranks(load_several, 2, cases)
     assert first == second
     for _, text in first:
-        assert "Resume with the" in text
+        assert "Resume with" in text
         assert "sharding plan of the checkpoint: --plan takes its directory." in text
     assert "ize mismatch" in first[0][1]
     assert "lacks" in first[1][1]

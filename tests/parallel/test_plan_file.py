@@ -100,6 +100,11 @@ def test_a_plan_is_checked_against_model_world_and_device():
         check_plan(plan, model, 1, "cpu")
     with pytest.raises(SidError, match="is planned for cpu, this run is on cuda"):
         check_plan(plan, model, 2, "cuda")
+    rows = {"*": TableConstraint(sharding_types=("row_wise",))}
+    on_gpus = plan_for(Toy(device="meta"), world=4, device="cuda", tables=rows)
+    check_plan(on_gpus, model, 4, "cuda", 4)
+    with pytest.raises(SidError, match="on GPU 2, the nodes have 2 each"):
+        check_plan(on_gpus, model, 4, "cuda", 2)
     with pytest.raises(SidError, match=r"is planned as \[40, 8\], it is \[41, 8\]"):
         check_plan(plan, Toy(rows=41), 2, "cpu")
     with pytest.raises(SidError, match="is planned in 'e[bc]*', it is in '0.e[bc]*'"):

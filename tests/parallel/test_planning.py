@@ -262,6 +262,10 @@ def test_reservation(base, reservation):
 
 
 def test_reserved_bytes_are_those_asked_for():
+    cpu = replace(BASE, topology=TopologyConfig(device="cpu", world_size=2, ddr_gib=64))
+    for kept in (ReservationConfig("percentage", 0.25), ReservationConfig("fixed", gib=16)):
+        on_cpu = planned(replace(cpu, reservation=kept)).summary
+        assert on_cpu.reserved_bytes / 2**30 == pytest.approx(16, abs=0.01)
     fixed = planned(replace(BASE, reservation=ReservationConfig("fixed", gib=20)))
     assert fixed.summary.reserved_bytes / 2**30 == pytest.approx(20, abs=0.01)
     dense = planned(replace(BASE, reservation=ReservationConfig("heuristic", share=0.0)))

@@ -37,6 +37,7 @@ from torchrec_sid.parallel.checkpoint_files import (
     publish,
     read_checkpoint,
     remove_leftovers,
+    require_visible,
     verify_files,
     write_manifest,
 )
@@ -252,6 +253,7 @@ class CheckpointManager:
 
         def complete() -> CheckpointInfo:
             files = {name: file for part in parts for name, file in part.items()}
+            require_visible(temporary, files)
             size, identity = self._ranks.size, self.identity
             write_manifest(
                 temporary, step=step, world_size=size, identity=identity, metadata=metadata, files=files

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,25 @@ def verify_files(info: CheckpointInfo, names: Iterable[str]) -> None:
             raise ArtifactError(
                 str(info.path / name), "its contents do not match the manifest", _fall_back(info.path)
             )
+
+
+def require_visible(directory: Path, files: Mapping[str, FileRecord], timeout_seconds: float = 30) -> None:
+    """Wait until every file is there with its size: a network file system may be late.
+
+    Raises:
+        ArtifactError: naming the first that is not, after the time-out.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    for name, record in files.items():
+        path = directory / name
+        while not (path.is_file() and path.stat().st_size == record.size):
+            if time.monotonic() > deadline:
+                raise ArtifactError(
+                    str(path),
+                    "was written by another rank and is not visible on rank 0",
+                    "Put the checkpoints on a file system that all machines share.",
+                )
+            time.sleep(0.1)
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -95,12 +95,21 @@ def load_plan(path: str | Path) -> ShardingPlan:
     return plan_from_json(value, str(path))
 
 
-def check_plan(plan: ShardingPlan, model: nn.Module, world_size: int, device: str) -> None:
+def check_plan(
+    plan: ShardingPlan, model: nn.Module, world_size: int, device: str, local_world_size: int | None = None
+) -> None:
     """Compare a plan with the unsharded model and the processes that are to use it.
+
+    Args:
+        plan: the plan.
+        model: unsharded.
+        world_size: processes.
+        device: kind of device of the processes.
+        local_world_size: processes per node; on GPUs a plan names the GPU of each rank. None: not checked.
 
     Raises:
         SidError: a table without plan or a plan without table, a table of another size, a rank that does
-            not run, or a placement on another kind of device.
+            not run, a placement on another kind of device or another GPU of its node.
     """
     planned = {name: (path, p) for path, tables in plan.plan.items() for name, p in tables.items()}
     tables = find_tables(model)
@@ -128,12 +137,23 @@ def check_plan(plan: ShardingPlan, model: nn.Module, world_size: int, device: st
             raise SidError(
                 f"table {name!r}", f"is planned as {size}, it is {[table.rows, table.dim]}", remedy
             )
-        placed = shards[0].placement.device().type
-        if placed != device:
+        _check_placements(name, shards, device, local_world_size)
+
+
+def _check_placements(name: str, shards: Any, device: str, local_world_size: int | None) -> None:
+    for shard in shards:
+        placed, rank = shard.placement.device(), shard.placement.rank()
+        if placed.type != device:
             raise SidError(
                 f"table {name!r}",
-                f"is planned for {placed}, this run is on {device}",
+                f"is planned for {placed.type}, this run is on {device}",
                 f"Plan for {device}.",
+            )
+        if placed.index is not None and local_world_size and placed.index != rank % local_world_size:
+            raise SidError(
+                f"table {name!r}",
+                f"has rank {rank} on GPU {placed.index}, the nodes have {local_world_size} each",
+                f"Plan with local_world_size {local_world_size}.",
             )
 
 

@@ -116,7 +116,7 @@ class PlanSummary:
         }
 
 
-_HOST_KERNELS = ("fused_uvm", "fused_uvm_caching", "key_value")
+_HOST_KERNELS = ("fused_uvm", "fused_uvm_caching")
 
 
 def summarise(

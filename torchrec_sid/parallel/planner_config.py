@@ -22,7 +22,7 @@ SHARDING_TYPES = (
     "table_column_wise",
     "grid_shard",
 )
-COMPUTE_KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching", "key_value")
+COMPUTE_KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 DEVICES = ("cuda", "cpu")
 PROPOSERS = ("grid", "greedy", "greedy_flat", "uniform", "dynamic_programming")
 PARTITIONERS = ("greedy_perf", "memory_balanced")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,10 +17,6 @@ from torchrec.distributed.planner.proposers import (
     UniformProposer,
 )
 from torchrec.distributed.planner.stats import EmbeddingStats
-from torchrec.distributed.planner.storage_reservations import (
-    FixedPercentageStorageReservation,
-    HeuristicalStorageReservation,
-)
 from torchrec.distributed.planner.types import (
     HardwareConfig,
     KernelConfig,
@@ -40,6 +35,7 @@ from torchrec_sid.parallel.plan_summary import PlanSummary, summarise
 from torchrec_sid.parallel.planner_config import PlannerConfig, TopologyConfig
 from torchrec_sid.parallel.presets import node_preset
 from torchrec_sid.parallel.ranks import Ranks
+from torchrec_sid.parallel.reservation import make_reservation
 from torchrec_sid.parallel.sharders import sid_sharders
 from torchrec_sid.parallel.tables import Table, find_tables, table_parameters
 
@@ -183,13 +179,6 @@ def build_topology(config: TopologyConfig) -> Topology:
     )
 
 
-def dense_bytes(model: nn.Module, tables: Mapping[str, Table]) -> int:
-    """Bytes of the parameters and buffers outside the tables."""
-    weights = {table.weight_key for table in tables.values()}
-    parameters = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if n not in weights)
-    return parameters + sum(b.numel() * b.element_size() for b in model.buffers())
-
-
 def _plan(
     model: nn.Module,
     config: PlannerConfig,
@@ -203,7 +192,7 @@ def _plan(
         MemoryBalancedPartitioner() if config.partitioner == "memory_balanced" else GreedyPerfPartitioner()
     )
     pins = {n: c.ranks for n, (_, c) in match_constraints(config, tables).items() if c.ranks is not None}
-    reservation = _reservation(config, model, tables)
+    reservation = make_reservation(config, model, tables)
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=config.batch_size,
@@ -221,23 +210,6 @@ def _plan(
         raise _explain(error, config, sum(w.numel() * w.element_size() for w in weights)) from error
     summary = summarise(stats.options, tables, topology, reservation.last_reserved_topology)
     return PlannedModel(plan, summary, stats.report)
-
-
-def _reservation(config: PlannerConfig, model: nn.Module, tables: Mapping[str, Table]) -> Any:
-    kept = config.reservation
-    if kept.kind == "percentage":
-        return FixedPercentageStorageReservation(kept.share)
-    if kept.kind == "fixed":
-        topology = config.topology
-        whole = topology.value("hbm_gib" if topology.device == "cuda" else "ddr_gib")
-        return FixedPercentageStorageReservation(min(1.0, kept.gib / whole))
-    # Always stated: on meta tensors TorchRec's own estimate of the dense part is unreliable.
-    dense = kept.dense_gib * _GIB if kept.dense_gib is not None else 6 * dense_bytes(model, tables)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return HeuristicalStorageReservation(
-            percentage=kept.share, dense_tensor_estimate=max(1, int(dense))
-        )
 
 
 def _explain(error: Exception, config: PlannerConfig, weight_bytes: int) -> SidError:

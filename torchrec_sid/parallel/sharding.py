@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,7 +114,8 @@ def shard_model(
         planned = make_plan(model, plan, feature_lengths=feature_lengths, replicas=replicas)
         plan, summary, report = planned.plan, planned.summary, planned.report
     else:
-        check_plan(plan, model, ranks.size // replicas, device.type)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+        check_plan(plan, model, ranks.size // replicas, device.type, max(1, local // replicas))
     move_buffers(model, device)
     if replicas > 1:
         sharded = shard_hybrid(model, plan, device, replicas, sid_sharders())

@@ -66,7 +66,8 @@ def check_entries(
         raise SidError(
             where,
             f"lacks {len(missing)} entries of this model, the first is {missing[0]}",
-            "Resume with the configuration and the sharding plan of the checkpoint: --plan takes its directory.",
+            "Resume with its configuration and the sharding plan of the checkpoint: --plan takes its "
+            "directory.",
         )
     prefixes = tuple(f"{top}." for top in tops)
     extra = sorted(name for name in saved - wanted if name.startswith(prefixes))
