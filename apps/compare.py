@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from apps.cli import parse_config
 from apps.launch import launch_training
-from apps.plots import plot_sids
+from apps.quantize_report import plot_quality
 from apps.report import markdown_table, summarise_arm, terminal_table, write_report
 from apps.session import TrainConfig
 from torchrec_sid.artifact import write_json
@@ -62,7 +62,7 @@ class CompareConfig:
     """What learns the SIDs."""
     model: RankingConfig = field(default_factory=RankingConfig)
     """Backbone; its arm is ignored."""
-    batch_size: int = 256
+    batch_size: int = 512
     """Rows per step over all processes."""
 
 
@@ -126,9 +126,9 @@ def _learn_sids(config: CompareConfig, data: Path, log: PreparedLog, output: Pat
     quantizer.fit(sample_impressed(matrix, impressions, seed=config.quantizer.seed))
     mark = quantizer.save(output / "quantizer.safetensors")
     held_out = matrix if bool(seen.all()) else matrix[~seen]
-    quality = quantizer.quality(held_out).to_dict()
-    write_json(output / "quality.json", quality)
-    plot_sids(quality, output / "sid_quality.png")
+    quality = quantizer.quality(held_out)
+    write_json(output / "quality.json", quality.to_dict())
+    plot_quality(quality, output / "quality.png")
     codes = quantizer.encode(matrix)
     path = output / "catalog"
     return SidCatalog.create(path, quantizer.spec, log.item_ids, codes, mark, overwrite=True)

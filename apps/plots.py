@@ -51,27 +51,6 @@ def plot_cost(arms: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_sids(quality: Mapping[str, Any], path: Path) -> None:
-    """Quality of the SIDs on held-out items: error by level, and what the items of a prefix share."""
-    levels, prefixes = quality["levels"], quality["prefixes"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.bar([str(level["level"]) for level in levels], [level["fvu"] for level in levels], width=0.6)
-    left.set_xlabel("levels read")
-    left.set_ylabel("fraction of variance unexplained")
-    left.set_ylim(0, 1)
-    depths = [str(prefix["depth"]) for prefix in prefixes]
-    right.plot(depths, [prefix["items_per_prefix"] for prefix in prefixes], "o-", color="tab:orange")
-    right.set_yscale("log")
-    right.set_xlabel("codes in the prefix")
-    right.set_ylabel("items per prefix", color="tab:orange")
-    cosine = right.twinx()
-    cosine.plot(depths, [prefix["cosine"] for prefix in prefixes], "s--", color="tab:blue")
-    cosine.set_ylabel("mean cosine within a prefix", color="tab:blue")
-    for axes in (left, right, cosine):
-        axes.spines["top"].set_visible(False)
-    _save(figure, path)
-
-
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

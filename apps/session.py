@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
 from torchrec_sid.training.loop import TrainingLoop
+from torchrec_sid.training.schedule import LinearDecay
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class TrainConfig:
     tables: TableOptimizer = field(default_factory=lambda: TableOptimizer("adagrad", lr=0.02))
     """Optimizer of the embedding tables."""
     dense_lr: float = 2e-3
-    """Learning rate of Adam on everything else."""
-    batch_size: int = 256
+    """First learning rate of Adam on everything else; it falls linearly over the run."""
+    batch_size: int = 512
     """Rows per step over all processes."""
     epochs: int = 1
     """Passes over the training events."""
@@ -87,12 +89,19 @@ class Session:
     ranking: Ranking
     sharded: ShardedModel
     loop: TrainingLoop
+    schedule: LinearDecay
+    """Of the dense learning rate."""
     identity: dict[str, str]
     """Fingerprints of what the weights depend on."""
     trained_parameters: int
     """Elements of all parameters, tables included."""
     item_sids: Tensor | None
     """``[N]`` int64 packed SID of each item, for arms over SIDs."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return _steps(self.config, self.log)
 
     @property
     def table_rows(self) -> int:
@@ -179,9 +188,15 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
     identity = {"log": log.fingerprint, "seed": str(config.seed)}
     if catalog is not None:
         identity["catalog"] = catalog.fingerprint
+    dense: list[torch.optim.Optimizer] = []
+
+    def make_dense(parameters: Any) -> torch.optim.Optimizer:
+        dense.append(torch.optim.Adam(parameters, lr=config.dense_lr))
+        return dense[-1]
+
     loop = TrainingLoop(
         sharded.model,
-        sharded.make_optimizer(lambda p: torch.optim.Adam(p, lr=config.dense_lr)),
+        sharded.make_optimizer(make_dense),
         device,
         checkpoints=CheckpointManager(
             Path(config.output) / "checkpoints",
@@ -197,7 +212,13 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         pipelined=config.pipelined,
     )
     sids = None if catalog is None else catalog.lookup(torch.from_numpy(np.array(log.item_ids)))
-    return Session(config, ranks, log, ranking, sharded, loop, identity, parameters, sids)
+    schedule = LinearDecay(dense[0], _steps(config, log))
+    return Session(config, ranks, log, ranking, sharded, loop, schedule, identity, parameters, sids)
+
+
+def _steps(config: TrainConfig, log: PreparedLog) -> int:
+    steps = config.epochs * (log.rows("train") // config.batch_size)
+    return min(steps, config.max_steps or steps)
 
 
 def _open_log(config: TrainConfig, ranks: Ranks) -> PreparedLog:

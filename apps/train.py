@@ -84,8 +84,6 @@ def _run(session: Session, output: Path) -> TrainResult:
     at = session.loop.resume()
     if at.step and first:
         logger.info("resuming after step %d", at.step)
-    total = session.read("train").batches * config.epochs
-    total = min(total, config.max_steps or total)
     board = SummaryWriter(str(output / "tensorboard")) if first else None
     profiler = (
         StepProfiler(output / "profile", config.profile, session.ranks.rank) if config.profile else None
@@ -97,13 +95,14 @@ def _run(session: Session, output: Path) -> TrainResult:
         if board is not None and step % 20 == 0:
             board.add_scalar("train/loss", float(out.loss), step)
 
-    with TrainingProgress(total, done=at.step, title=config.model.arm, enabled=first) as progress:
+    with TrainingProgress(session.steps, done=at.step, title=config.model.arm, enabled=first) as progress:
         result = session.loop.train(
             lambda epoch, start: session.read("train", epoch, start),
             config.epochs,
             max_steps=config.max_steps,
             progress=progress,
             on_step=on_step,
+            schedule=session.schedule.set,
         )
     if profiler is not None:
         profiler.close()

@@ -51,6 +51,12 @@ def test_the_main_job_reports_every_arm_and_does_nothing_twice(tmp_path: Path) -
     }
     assert list((run / "tensorboard").iterdir()) and list((run / "logs").rglob("stderr.log"))
 
+    command = [sys.executable, "-m", "apps.evaluate", "--run", str(run), "--split", "test"]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    alone, together = json.loads(done.stdout), json.loads((run / "metrics.json").read_text())
+    assert alone["slices"]["all"]["ne"] == pytest.approx(together["slices"]["all"]["ne"], abs=1e-6)
+
     written = (run / "metrics.json").stat().st_mtime_ns
     again = _compare(_OPTIONS, tmp_path, "--output", str(output))
     assert again.returncode == 0, again.stderr

@@ -106,7 +106,12 @@ def test_unknown_arm_and_missing_inputs_are_named() -> None:
 
 def test_standardised_dense_features_have_mean_zero_and_unit_deviation() -> None:
     dense = torch.randn(500, 3) * torch.tensor([1.0, 10.0, 0.0]) + 5
-    module = Standardise(torch.stack([dense.mean(0), dense.std(0)]))
+    module = Standardise(torch.stack([dense.mean(0), dense.std(0)]), limit=10.0)
     found = module(dense)
     torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.std(0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_values_that_training_never_saw_are_cut() -> None:
+    module = Standardise(torch.tensor([[0.0], [2.0]]), limit=3.0)
+    assert module(torch.tensor([[100.0], [-100.0], [4.0]])).flatten().tolist() == [3.0, -3.0, 2.0]

@@ -94,15 +94,20 @@ class HistoryDLRM(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Subtract the mean and divide by the standard deviation of each column.
+    """Subtract the mean and divide by the standard deviation of each column, then cut at ``limit``.
+
+    The cut keeps a later period whose values training never saw (a user back after a year) within what the
+    model knows.
 
     Args:
         statistics: ``[2, F]`` mean and standard deviation, kept as a buffer; a column that does not vary is
             only centred.
+        limit: largest absolute value that passes, in standard deviations.
     """
 
-    def __init__(self, statistics: Tensor) -> None:
+    def __init__(self, statistics: Tensor, limit: float = 3.0) -> None:
         super().__init__()
+        self.limit = limit
         mean, deviation = statistics.float()
         scale = torch.where(deviation > 0, deviation, 1.0)
         self.register_buffer("statistics", torch.stack([mean, scale]))
@@ -110,7 +115,7 @@ class Standardise(nn.Module):
 
     def forward(self, dense: Tensor) -> Tensor:
         """``[B, F]`` -> ``[B, F]``."""
-        return (dense - self.statistics[0]) / self.statistics[1]
+        return ((dense - self.statistics[0]) / self.statistics[1]).clamp(-self.limit, self.limit)
 
 
 class DotInteraction(nn.Module):

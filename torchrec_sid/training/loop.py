@@ -118,6 +118,7 @@ class TrainingLoop:
         max_steps: int | None = None,
         progress: TrainingProgress | None = None,
         on_step: Callable[[int, RankingOutput], None] | None = None,
+        schedule: Callable[[int], None] | None = None,
     ) -> TrainResult:
         """Train until ``epochs`` are complete, or ``max_steps`` steps are done in all.
 
@@ -127,8 +128,11 @@ class TrainingLoop:
             max_steps: stop after this many steps in all.
             progress: where to show it.
             on_step: called after each step with its number (from 1) and output.
+            schedule: called before each step with the number of steps done, to set learning rates.
         """
         self.model.train()
+        if schedule is not None:
+            schedule(self.position.step)
         first, started, examples, waits = self.position.step, time.perf_counter(), 0, _Waits()
         while self.position.epoch < epochs:
             limit = None if max_steps is None else max_steps - self.position.step
@@ -137,6 +141,8 @@ class TrainingLoop:
                 self._advance()
                 examples += len(output.labels)
                 step = self.position.step
+                if schedule is not None:
+                    schedule(step)
                 if on_step is not None:
                     on_step(step, output)
                 if progress is not None and progress.due:
