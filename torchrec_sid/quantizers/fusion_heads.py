@@ -20,7 +20,7 @@ class FusionHeads(nn.Module):
 
     Embedding heads begin as the inverse of the PCA that the encoder begins as; category heads as the
     classifier of nearest class means (equal isotropic covariances), ``W_j = m_j / t`` and
-    ``b_j = log p_j - |m_j|^2 / 2t``.
+    ``b_j = log p_j - |m_j|^2 / 2t`` with the temperature t that fits best.
 
     Args:
         inputs: the sources and their statistics.
@@ -108,10 +108,17 @@ def _nearest_class_means(z: Tensor, probabilities: Tensor) -> tuple[Tensor, Tens
     """Weights ``[J, latent]`` and biases ``[J]``; classes without items stay at the mean."""
     count = probabilities.sum(0)
     total = probabilities.T @ z
-    spread = z.square().sum(1).mean()
     # A class of few items has its mean pulled towards the origin, the mean of all items.
     means = total / (count + 1)[:, None]
-    within = (spread - (means.square().sum(1) * count).sum() / count.sum().clamp(min=1)) / z.shape[1]
-    temper = within.clamp(min=1e-3 * float(spread) / z.shape[1] + _TINY)
     prior = ((count + 0.5) / (count + 0.5).sum()).log()
-    return means / temper, prior - means.square().sum(1) / (2 * temper)
+    # The temperature that fits best: the spread within classes is seldom the same in all directions.
+    spread = max(float(z.square().sum(1).mean()) / z.shape[1], _TINY)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for power in range(-8, 9):
+        weight = means / (spread * 2.0**power)
+        bias = prior - (weight * means).sum(1) / 2
+        error = float(F.kl_div((z @ weight.T + bias).log_softmax(1), probabilities, reduction="batchmean"))
+        if best is None or error < best[0]:
+            best = (error, weight, bias)
+    assert best is not None
+    return best[1], best[2]
