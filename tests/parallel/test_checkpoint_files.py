@@ -92,6 +92,30 @@ def test_an_asynchronous_save_returns_before_it_is_complete_and_copies(tmp_path)
         assert hash_file(shard).size > 800_000
 
 
+def test_verification_can_be_left_out(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state(1), {}, local={"x": torch.ones(1)})
+        info = manager.latest()
+        # Of the same size, so that only the hash can tell.
+        (info.path / "local-0.safetensors").write_bytes(b"x" * info.files["local-0.safetensors"].size)
+        with pytest.raises(ArtifactError, match="do not match the manifest"):
+            manager.load(manager.latest(), state())
+        manager.load(manager.latest(), state(), verify=False)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    with CheckpointManager(tmp_path, keep=1) as manager:
+        manager.save(1, state(1), {})
+        monkeypatch.setattr("torchrec_sid.parallel.checkpoint.prune", _busy)
+        manager.save(2, state(2), {})
+        assert manager.latest().step == 2
+    assert "an old checkpoint could not be deleted (busy)" in caplog.text
+
+
+def _busy(directory, keep):
+    raise OSError("busy")
+
+
 def test_files_of_other_ranks_must_become_visible(tmp_path):
     (tmp_path / "here").write_text("abc")
     records = {"here": FileRecord(3, ""), "late": FileRecord(2, "")}

@@ -8,11 +8,13 @@ another catalog (or anything else named in ``identity``) is refused.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +22,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.checkpoint_files import (
@@ -41,10 +38,11 @@ from torchrec_sid.parallel.checkpoint_files import (
     verify_files,
     write_manifest,
 )
+from torchrec_sid.parallel.dcp import WRITE_REMEDY, read_state, start_writing, stored_entries, write_state
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.state import check_entries, entry_names
 
-_REMEDY = "Free space or pass another directory; checkpoints written before are untouched."
+logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -83,7 +81,7 @@ class CheckpointManager:
         self.asynchronous = asynchronous
         self.identity = dict(identity or {})
         self._ranks = Ranks.open()
-        self._pending: Future[CheckpointInfo] | None = None
+        self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._cleaned = False
 
@@ -93,6 +91,8 @@ class CheckpointManager:
         Raises:
             ArtifactError: it lacks a file, or has a truncated one: the same on every rank.
         """
+
+        self.wait()
 
         def find() -> CheckpointInfo | None:
             found = list_checkpoints(self.directory)
@@ -123,23 +123,20 @@ class CheckpointManager:
             SidError: on every rank, naming the rank and the cause; nothing older is lost.
         """
         self.wait()
-        where, remedy = str(self.directory), _REMEDY
-        temporary = self._ranks.first(partial(self._begin, step), where=where, remedy=remedy)
+        begin = partial(self._begin, step, metadata)
+        temporary = self._ranks.first(begin, where=str(self.directory), remedy=WRITE_REMEDY)
         finish = partial(self._finish, temporary, step, dict(metadata), _copy_local(local))
-        writer = FileSystemWriter(temporary)
-        group = self._ranks.group
         if self._thread is None:
-            self._guarded(
-                temporary,
-                lambda: _quietly(lambda: dcp_save(state, storage_writer=writer, process_group=group)),
-            )
-            finish()
+            with self._discarding(temporary):
+                write_state(state, temporary, self._ranks.group)
+                finish()
             return
-        written = _quietly(lambda: dcp_async_save(state, storage_writer=writer, process_group=group))
+        written = start_writing(state, temporary, self._ranks.group)
 
-        def complete() -> CheckpointInfo:
-            self._guarded(temporary, written.result)
-            return finish()
+        def complete() -> None:
+            with self._discarding(temporary):
+                written()
+                finish()
 
         self._pending = self._thread.submit(complete)
 
@@ -154,7 +151,12 @@ class CheckpointManager:
             pending.result()
 
     def load(
-        self, info: CheckpointInfo, state: dict[str, Any], *, partial_state: bool = False
+        self,
+        info: CheckpointInfo,
+        state: dict[str, Any],
+        *,
+        partial_state: bool = False,
+        verify: bool = True,
     ) -> dict[str, Any]:
         """Verify a checkpoint and read it into ``state`` in place; a collective call.
 
@@ -168,6 +170,7 @@ class CheckpointManager:
             partial_state: allow entries in the checkpoint that ``state`` lacks under the same top-level
                 key. By default that is an error: an optimizer that has not made its state yet would
                 silently start from zero.
+            verify: compare every file with its hash, which reads it once more; each rank takes a share.
 
         Returns:
             The metadata that was saved.
@@ -176,22 +179,15 @@ class CheckpointManager:
             ArtifactError: a file is missing, truncated or altered.
             SidError: another identity, an entry missing on either side, another shape.
         """
+        self.wait()
         self._check_identity(info)
-        mine = sorted(info.files)[self._ranks.rank :: self._ranks.size]
         where = str(info.path)
-        self._ranks.all(lambda: verify_files(info, mine), where=where, remedy="Restore it from a copy.")
-        reader = FileSystemReader(info.path)
-        saved = set(reader.read_metadata().state_dict_metadata)
+        if verify:
+            mine = sorted(info.files)[self._ranks.rank :: self._ranks.size]
+            self._ranks.all(lambda: verify_files(info, mine), where=where, remedy="Restore it from a copy.")
         wanted = set().union(*self._ranks.all(lambda: entry_names(state), where=where))
-        check_entries(where, wanted, saved, tops=state, allow_extra=partial_state)
-        remedy = "Resume with the sharding plan of the checkpoint: --plan takes its directory."
-        group = self._ranks.group
-        try:
-            _quietly(lambda: dcp_load(state, storage_reader=reader, process_group=group))
-        except CheckpointException as error:
-            raise SidError(where, _root_cause(error), remedy) from error
-        except (ValueError, RuntimeError) as error:
-            raise SidError(where, str(error).splitlines()[0], remedy) from error
+        check_entries(where, wanted, stored_entries(info.path), tops=state, allow_extra=partial_state)
+        read_state(state, info.path, self._ranks.group)
         return info.metadata
 
     def load_local(self, info: CheckpointInfo) -> list[dict[str, Tensor]]:
@@ -225,7 +221,13 @@ class CheckpointManager:
             # The run has failed: other ranks may be gone, and waiting for them would hide why.
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, step: int) -> Path:
+    def _begin(self, step: int, metadata: Mapping[str, Any]) -> Path:
+        try:
+            json.dumps(dict(metadata))
+        except (TypeError, ValueError) as error:
+            raise SidError(
+                "checkpoint metadata", str(error), "Pass numbers, strings, lists and dicts."
+            ) from error
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self._cleaned:
             remove_leftovers(self.directory)
@@ -237,7 +239,7 @@ class CheckpointManager:
 
     def _finish(
         self, temporary: Path, step: int, metadata: dict[str, Any], local: dict[str, Tensor] | None
-    ) -> CheckpointInfo:
+    ) -> None:
         rank, where = self._ranks.rank, str(self.directory)
 
         def record() -> dict[str, FileRecord]:
@@ -251,7 +253,7 @@ class CheckpointManager:
                 paths.append(temporary / ".metadata")
             return {path.name: hash_file(path) for path in paths}
 
-        def complete() -> CheckpointInfo:
+        def complete() -> None:
             files = {name: file for part in parts for name, file in part.items()}
             require_visible(temporary, files)
             size, identity = self._ranks.size, self.identity
@@ -260,29 +262,23 @@ class CheckpointManager:
             )
             final = temporary.with_name(temporary.name.removeprefix(".writing-"))
             publish(temporary, final)
-            prune(self.directory, self.keep)
-            return read_checkpoint(final)
+            try:
+                prune(self.directory, self.keep)
+            except OSError as error:  # the new checkpoint is complete: no reason to stop the run
+                logger.warning("%s: an old checkpoint could not be deleted (%s)", self.directory, error)
 
+        parts = self._ranks.all(record, where=where, remedy=WRITE_REMEDY)
+        self._ranks.first(complete, where=where, remedy=WRITE_REMEDY)
+
+    @contextmanager
+    def _discarding(self, temporary: Path) -> Iterator[None]:
+        """Remove what was written if it cannot be completed."""
         try:
-            parts = self._ranks.all(record, where=where, remedy=_REMEDY)
-            return self._ranks.first(complete, where=where, remedy=_REMEDY)
+            yield
         except SidError:
-            self._discard(temporary)
+            if self._ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
-
-    def _guarded(self, temporary: Path, write: Callable[[], Any]) -> None:
-        """Run the DCP write; on failure remove what it wrote and say why, on every rank."""
-        try:
-            write()
-        except CheckpointException as error:
-            free = shutil.disk_usage(self.directory).free
-            self._discard(temporary)
-            found = f"{_root_cause(error)}; {free / 2**20:,.0f} MiB are free there"
-            raise SidError(str(self.directory), found, _REMEDY) from error
-
-    def _discard(self, temporary: Path) -> None:
-        if self._ranks.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _check_identity(self, info: CheckpointInfo) -> None:
         for name, value in self.identity.items():
@@ -300,17 +296,3 @@ def _copy_local(local: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
     if local is None:
         return None
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in local.items()}
-
-
-def _quietly(call: Callable[[], Any]) -> Any:
-    """Without DCP's warnings about a single process, which is a supported way here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return call()
-
-
-def _root_cause(error: CheckpointException) -> str:
-    rank, (cause, _) = next(iter(sorted(error.failures.items())))
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    first_line = (text.strip() or "no message").splitlines()[0]
-    return f"rank {rank}: {type(cause).__name__}: {first_line}"
