@@ -1,6 +1,5 @@
 """A run that changes its number of processes and its plan at checkpoints goes on as if it had not."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
