@@ -23,6 +23,7 @@ from torch import Tensor
 
 _CHUNK = 4096  # rows at a time: the [rows, K] scores stay within the cache
 _FIRST_DIM = 16
+_ENERGY = 0.99
 _SEED_ROWS_PER_CODE = 32
 _RELOCATIONS = 8  # rounds at most while codes are free; one otherwise
 
@@ -252,22 +253,25 @@ def fit_centroids(
     Args:
         x: ``[n, d]`` float32 in random order; a prefix of it serves as a sample.
         k: number of centroids.
-        iterations: Lloyd iterations in the full dimension; half as many in each lower one.
+        iterations: Lloyd iterations in the largest dimension; a quarter as many in each lower one.
         tolerance: stop a run of iterations whose error falls by less than this fraction.
         generator: source of randomness, on the CPU.
 
     Returns:
         ``[K', d]`` float32; ``K' < k`` where there are fewer different rows than ``k``.
     """
-    axes = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)
-    # The lower dimensions only prepare the last one, and half the points prepare it as well.
+    spread, axes = torch.linalg.eigh(x.T @ x)
+    energy, axes = spread.clamp(min=0).flip(0).cumsum(0), axes.flip(1)
+    # Axes that hold the last hundredth of the energy are noise to the search; the result has them again.
+    largest = max(_FIRST_DIM, 1 + int((energy < _ENERGY * energy[-1]).sum()))
     rotated = x @ axes
+    # The lower dimensions only prepare the last one, and half the points prepare it as well.
     sample = rotated[: max(len(x) // 2, min(len(x), 64 * k))]
-    few, settled = max(1, iterations // 2), False
+    few, settled = max(1, iterations // 4), False
     centroids = None
-    for dim in _growing_dims(x.shape[1]):
-        last = dim == x.shape[1]
-        points = rotated if last else sample[:, :dim].contiguous()
+    for dim in _growing_dims(min(largest, x.shape[1])):
+        last = dim >= largest or dim == x.shape[1]
+        points = (rotated if last else sample)[:, :dim].contiguous()
         if centroids is None:
             centroids = plus_plus(points[: _SEED_ROWS_PER_CODE * k], k, generator)
         else:
@@ -285,7 +289,7 @@ def fit_centroids(
             if len(centroids) == k:
                 break
     assert centroids is not None
-    return centroids @ axes.T
+    return _extend(rotated, centroids) @ axes.T
 
 
 def _extend(points: Tensor, centroids: Tensor) -> Tensor:

@@ -32,13 +32,13 @@ class ResidualKMeansConfig:
 
     cardinalities: tuple[int, ...] = (64, 64, 64, 64)
     """Codes per level, coarsest first."""
-    iterations: int = 10
-    """Lloyd iterations per level in the full dimension; half as many in each lower dimension."""
+    iterations: int = 20
+    """Lloyd iterations per level in the largest dimension; a quarter as many in each lower one."""
     tolerance: float = 1e-4
     """Iterations stop once the error falls by less than this fraction."""
     buffer_rows: int = 131_072
     """Embeddings kept in memory: a uniform random sample of the stream."""
-    points_per_code: int = 256
+    points_per_code: int = 512
     """Rows of the buffer that a level's iterations use, per code of the level."""
     passes: int = 1
     """Lloyd iterations over the whole stream that polish a level fitted on fewer rows."""
