@@ -60,8 +60,11 @@ class Part(NamedTuple):
         if self.info.last_id - self.info.first_id + 1 == self.info.items:
             # Ids that fill their range need no search: the id is the row.
             return Located(inside, (ids - self.info.first_id).masked_fill(~inside, 0))
-        row = torch.searchsorted(self.item_ids, ids).clamp_(max=self.info.items - 1)
-        return Located(inside & (self.item_ids[row] == ids), row)
+        at = inside.nonzero().squeeze(1)
+        row = torch.zeros_like(ids)
+        row[at] = torch.searchsorted(self.item_ids, ids[at])
+        inside[at] = self.item_ids[row[at]] == ids[at]
+        return Located(inside, row)
 
 
 def write_part(folder: Path, item_ids: Tensor, sids: Tensor, generation: int) -> PartInfo:

@@ -1,0 +1,17 @@
+"""The Python of docs/quality.md runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "quality.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(code, str(page), "exec"), names)
+    assert capsys.readouterr().out.startswith("healthy - ")
+    assert names["report"].prefixes[0].purity["topic"] > 0.9  # type: ignore[attr-defined]
