@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -23,6 +23,7 @@ def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | N
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_class_arguments(kind, None)
     arguments = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    arguments = _flags(kind, arguments)
     parsed = parser.instantiate_classes(parser.parse_args(arguments))
     values = {name: value for name, value in parsed.as_dict().items() if name != "config"}
     return kind(**values)
@@ -34,3 +35,13 @@ def _underscored(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def _flags(kind: type[Any], words: list[str]) -> list[str]:
+    """A bare ``--quick`` as ``--quick=true``, for boolean fields."""
+    booleans = {f"--{name}" for name, hint in get_type_hints(kind).items() if hint is bool}
+    follows = [*words, "--"][1:]
+    return [
+        f"{word}=true" if word in booleans and after.startswith("--") else word
+        for word, after in zip(words, follows, strict=True)
+    ]

@@ -45,3 +45,24 @@ def test_missing_unknown_and_wrong_options_end_the_program(
         parse_config(Outer, None, argv)
     assert stop.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class _Flags:
+    quick: bool = False
+    name: str = "a"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], _Flags()),
+        (["--quick"], _Flags(True)),
+        (["--quick", "--name", "b"], _Flags(True, "b")),
+        (["--name", "b", "--quick"], _Flags(True, "b")),
+        (["--quick", "false"], _Flags(False)),
+        (["--quick=true"], _Flags(True)),
+    ],
+)
+def test_a_bare_boolean_option_is_a_flag(argv: list[str], expected: _Flags) -> None:
+    assert parse_config(_Flags, None, argv) == expected

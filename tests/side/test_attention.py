@@ -150,11 +150,23 @@ def test_every_field_changes_the_result(changes: dict) -> None:
 def test_every_term_changes_the_result(terms: EventTermsConfig) -> None:
     case = make_case(lengths=(20, 30), terms=terms)
     before = _output(case)
-    torch.nn.init.zeros_(case.attention.terms.embedding)
+    if case.attention.terms.embedding is not None:
+        torch.nn.init.zeros_(case.attention.terms.embedding)
     case.attention.terms.slopes.zero_()
     if case.attention.terms.recency is not None:
         torch.nn.init.zeros_(case.attention.terms.recency)
     assert not torch.allclose(before, _output(case))
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("terms", TERMS)
+def test_every_parameter_gets_a_gradient(terms: EventTermsConfig, activation: str) -> None:
+    """DistributedDataParallel waits for each of them."""
+    case = make_case(lengths=(5, 4), terms=terms, activation=activation)
+    case.run(case.candidates).square().sum().backward()
+    for name, parameter in case.attention.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool((parameter.grad != 0).any()), name
 
 
 def test_mask_and_bias_change_the_result() -> None:

@@ -182,11 +182,9 @@ class CodeSpaceAttention(nn.Module):
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             events = self._events(history_bytes, lengths, actions, ages)
             per_event = self._bias(lengths, history_bytes.shape[0], bias, mask)
-            rows = (
-                torch.cat([self.rows, self.terms.embedding.float()])
-                if self.config.terms.sizes
-                else self.rows
-            )
+            rows = self.rows.float()
+            if self.terms.embedding is not None:
+                rows = torch.cat([rows, self.terms.embedding.float()])
             query, offset = self._absorb(candidates, rows)
             flat = query.flatten(1, 2)
             z, total, _ = code_attention(

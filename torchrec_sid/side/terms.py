@@ -77,7 +77,10 @@ class EventTerms(nn.Module):
         super().__init__()
         self.config, self.heads = config, heads
         real = None if device is not None and torch.device(device).type == "meta" else device
-        self.embedding = nn.Parameter(torch.empty(sum(config.sizes), dim, device=device))
+        # No empty parameter: it would get no gradient, which DistributedDataParallel takes for an error.
+        self.embedding: nn.Parameter | None = None
+        if config.sizes:
+            self.embedding = nn.Parameter(torch.empty(sum(config.sizes), dim, device=device))
         self.register_buffer(
             "boundaries",
             torch.tensor(config.age_boundaries, dtype=torch.float32, device=real),
@@ -100,7 +103,8 @@ class EventTerms(nn.Module):
 
     def reset_parameters(self) -> None:
         """Small random embeddings, no recency bias."""
-        nn.init.normal_(self.embedding, std=0.02)
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding, std=0.02)
         if self.recency is not None:
             nn.init.zeros_(self.recency)
 

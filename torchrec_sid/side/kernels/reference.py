@@ -46,6 +46,7 @@ def decode_then_attend(
     for column, size in zip(
         attention.terms.columns(lengths, len(codes), actions, ages), config.terms.sizes, strict=True
     ):
+        assert attention.terms.embedding is not None
         x = x + attention.terms.embedding[start : start + size][column.long()]
         start += size
     shift = _score_shift(attention, lengths, actions, ages, bias, mask, dtype)
