@@ -63,6 +63,7 @@ def systems() -> list[System]:
         System("faiss.RQ.beam1", lambda x, bits, seed: _faiss_rq(x, bits, seed, 1, 1)),
         System("faiss.RQ.beam1.encode5", lambda x, bits, seed: _faiss_rq(x, bits, seed, 1, 5)),
         System("faiss.RQ.beam5", lambda x, bits, seed: _faiss_rq(x, bits, seed, 5, 5)),
+        System("faiss.Kmeans.residual", _faiss_kmeans),
         System("faiss.PQ", lambda x, bits, seed: _faiss_pq(x, bits, seed, rotate=False)),
         System("faiss.OPQ", lambda x, bits, seed: _faiss_pq(x, bits, seed, rotate=True)),
         System("vector_quantize_pytorch.ResidualVQ", _residual_vq),
@@ -155,6 +156,31 @@ def _faiss_rq(x: Tensor, bits: int, seed: int, fit_beam: int, encode_beam: int) 
         bits,
         levels * 256 * dim,
     )
+
+
+def _faiss_kmeans(x: Tensor, bits: int, seed: int) -> Fitted:
+    """k-means of faiss at its defaults (25 iterations) on the residuals, level by level."""
+    import faiss
+
+    residual, books = x.numpy(), []
+    for level, k in enumerate(_bytewise(bits)):
+        kmeans = faiss.Kmeans(x.shape[1], k, seed=seed * 100 + level + 1, min_points_per_centroid=1)
+        kmeans.train(residual)
+        books.append(kmeans)
+        residual = residual - kmeans.centroids[kmeans.assign(residual)[1]]
+
+    def encode(y: Tensor) -> Tensor:
+        left, columns = y.numpy(), []
+        for kmeans in books:
+            columns.append(kmeans.assign(left)[1])
+            left = left - kmeans.centroids[columns[-1]]
+        return torch.from_numpy(np.stack(columns, axis=1))
+
+    def decode(codes: Tensor) -> Tensor:
+        parts = [kmeans.centroids[codes[:, level].numpy()] for level, kmeans in enumerate(books)]
+        return torch.from_numpy(np.sum(parts, axis=0))
+
+    return Fitted(encode, decode, bits, sum(_bytewise(bits)) * x.shape[1])
 
 
 def _faiss_pq(x: Tensor, bits: int, seed: int, rotate: bool) -> Fitted:

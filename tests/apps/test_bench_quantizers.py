@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from apps.bench.planted_tree import planted_tree
+from apps.bench.planted_tree import main as tree_main
+from apps.bench.planted_tree import planted_tree, purity
 from apps.bench.quantizer_systems import Fitted, System, full_name, systems
 from apps.bench.quantizers import BenchConfig, Row, _nearest, _split, main, measure, table
 from torchrec_sid.errors import SidError
@@ -67,23 +68,21 @@ def test_rows_have_the_schema_and_ours_hold_up(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "shop").mkdir()
     x = planted_tree(1500, dim=24, rank=16).x
     np.save(tmp_path / "shop" / "item_emb.npy", x.numpy().astype(np.float16))
-    chosen = "[torchrec_sid.ResidualKMeans,torchrec_sid.DiscretePca,faiss.RQ.beam1,faiss.PQ]"
+    chosen = "[torchrec_sid.ResidualKMeans,torchrec_sid.DiscretePca,faiss.RQ.beam1,faiss.PQ,faiss.Kmeans]"
     file = tmp_path / "rows.json"
     arguments = ["--data", str(tmp_path), "--datasets", "[shop]", "--systems", chosen, "--json", str(file)]
     main([*arguments, "--seeds", "2", "--bits", "[16]", "--threads", "1"])
     rows = json.loads(file.read_text())["rows"]
     assert all({name: type(value) for name, value in row.items()} == SCHEMA for row in rows)
-    names = ["ResidualKMeans", "ResidualKMeans.beam", "DiscretePca"]
-    expected = {f"torchrec_sid.{name}" for name in names} | {
-        "faiss.RQ.beam1",
-        "faiss.RQ.beam1.encode5",
-        "faiss.PQ",
-    }
+    ours = {f"torchrec_sid.{name}" for name in ("ResidualKMeans", "ResidualKMeans.beam", "DiscretePca")}
+    theirs = {f"faiss.{name}" for name in ("RQ.beam1", "RQ.beam1.encode5", "Kmeans.residual", "PQ")}
+    expected = ours | theirs
     assert {row["system"] for row in rows} == expected and {row["seed"] for row in rows} == {0, 1}
     assert "faiss.PQ" in capsys.readouterr().out
     for seed in (0, 1):
         fvu = {row["system"]: row["fvu"] for row in rows if row["seed"] == seed}
         assert fvu["torchrec_sid.ResidualKMeans"] < fvu["faiss.RQ.beam1"] < fvu["faiss.PQ"]
+        assert fvu["torchrec_sid.ResidualKMeans"] < fvu["faiss.Kmeans.residual"]
         assert fvu["torchrec_sid.ResidualKMeans.beam"] < fvu["torchrec_sid.ResidualKMeans"]
 
 
@@ -103,6 +102,16 @@ def test_the_tree_is_a_tree() -> None:
     assert torch.linalg.matrix_rank(tree.x[:200]) == 32
     centres = torch.stack([tree.x[tree.topic == t].mean(0) for t in range(64)])
     assert float((torch.cdist(tree.x, centres).argmin(1) == tree.topic).float().mean()) > 0.9
+
+
+def test_purity_and_the_tree_command(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("faiss")
+    codes, labels = torch.tensor([[0, 1], [0, 1], [0, 2], [5, 1]]), torch.tensor([0, 1, 1, 7])
+    assert purity(codes[:, :1], labels) == 0.75 and purity(codes, labels) == 0.75
+    assert purity(torch.arange(4).unsqueeze(1), labels) == 1.0
+    tree_main(["--items", "2500", "--seeds", "1", "--threads", "1"])
+    out = capsys.readouterr().out
+    assert out.count("ResidualKMeans") == 3 and out.count("faiss.RQ fitted with beam 1") == 2
 
 
 @pytest.mark.parametrize("fields", [{"bits": (20,)}, {"bits": (8,)}, {"seeds": 0}])
