@@ -1,5 +1,6 @@
 """The Triton kernels without a card; tests/gpu/run.sh checks and times them on one."""
 
+import json
 import os
 import re
 import subprocess
@@ -56,3 +57,22 @@ for kernel in (kernels.attention_forward, kernels.attention_backward):
     lines = done.stdout.split("\n")[:-1]
     assert len(lines) == 4
     assert all(line.split()[2] == "tensor" for line in lines), done.stdout
+
+
+@pytest.mark.slow
+def test_the_script_for_a_card_runs_in_the_interpreter(tmp_path: Path) -> None:
+    """Its checks hold and its timings are written; the times themselves mean nothing here."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        ["bash", str(root / "tests/gpu/run.sh"), str(tmp_path), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHON": sys.executable},
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    checks = json.loads((tmp_path / "check_attention.json").read_text())
+    assert checks["worst_error"]["triton"] < 1e-5
+    assert "check_corrupt" in checks["checks"]
+    results = json.loads((tmp_path / "time_attention.json").read_text())["results"]
+    assert {row["pass"] for row in results[0]["kernels"]} == {"forward", "backward"}
