@@ -35,6 +35,19 @@ def launch_training(
     output.mkdir(parents=True, exist_ok=True)
     options = output / "run.yaml"
     options.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+    for last in (False, False, True):
+        error = _run(output, options, processes, on_line)
+        if error is None:
+            return
+        # The launcher picks a free port before its processes bind it: another program may be faster.
+        if last or "EADDRINUSE" not in error:
+            raise SidError(
+                f"training of {config.model.arm!r}", error, f"The full log is in {output / 'logs'}."
+            )
+
+
+def _run(output: Path, options: Path, processes: int, on_line: Callable[[str], None] | None) -> str | None:
+    """Run the component once; None, or why it failed."""
     logs = output / "logs"
     arguments = ["--nproc_per_node", str(processes), "--", "--config", str(options)]
     with get_runner() as runner:
@@ -52,9 +65,8 @@ def launch_training(
                 break
             time.sleep(_POLL_SECONDS)
     if status is None or status.state != AppState.SUCCEEDED:
-        raise SidError(
-            f"training of {config.model.arm!r}", lines.last_error(), f"The full log is in {folder}."
-        )
+        return lines.last_error()
+    return None
 
 
 class _Tail:
