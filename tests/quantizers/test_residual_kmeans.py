@@ -234,6 +234,28 @@ def test_a_small_buffer_reads_the_stream_and_comes_close() -> None:
     assert fvu(streamed, held_out) < 1.03 * fvu(fitted(x, cardinalities=(16, 16)), held_out)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
+def test_memory_does_not_grow_with_the_stream() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    largest = 0
+
+    def batches():
+        nonlocal largest
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(80):
+            largest = max(largest, resident())
+            yield torch.randn(4000, 64, generator=generator)
+
+    config = ResidualKMeansConfig(cardinalities=(8, 8), buffer_rows=4000, iterations=4)
+    ResidualKMeans(64, config).fit(lambda: iter([torch.randn(4000, 64)]))  # whatever a first fit allocates
+    before = resident()
+    quantizer = ResidualKMeans(64, config)
+    assert quantizer.fit(batches).rows == 320_000
+    assert largest - before < 40e6, "the stream itself is 82 MB"
+
+
 def test_sorted_data_are_no_worse_than_shuffled_ones() -> None:
     """A start from the first batch would see one topic only."""
     x, topic, _ = planted_tree(6000)
