@@ -1,18 +1,21 @@
-"""A frozen dataclass as a command line: one option per field, `--config FILE` for YAML."""
+"""Command lines: a frozen dataclass as options, and errors as one message."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser
+
+from torchrec_sid.errors import SidError
 
 T = TypeVar("T")
 
 
 def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | None = None) -> T:
-    """Read a configuration from the command line.
+    """Read a configuration from the command line: one option per field, ``--config FILE`` for YAML.
 
     Args:
         kind: the dataclass; nested dataclasses become dotted options, e.g. ``--model.dim``.
@@ -27,6 +30,15 @@ def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | N
     parsed = parser.instantiate_classes(parser.parse_args(arguments))
     values = {name: value for name, value in parsed.as_dict().items() if name != "config"}
     return kind(**values)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End the program with the message of a SidError and status 1, without a traceback."""
+    try:
+        yield
+    except SidError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def _underscored(word: str) -> str:

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from apps.cli import parse_config
+from apps.cli import parse_config, plain_errors
 from apps.launch import launch_training
 from apps.quantize_report import plot_quality
 from apps.report import markdown_table, summarise_arm, terminal_table, write_report
@@ -71,7 +71,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     config = parse_config(CompareConfig, __doc__)
     console = Console()
-    report = compare(config, console)
+    with plain_errors():
+        report = compare(config, console)
     if not console.is_terminal:  # a log has no width: do not cut the table
         console = Console(width=160)
     console.print(terminal_table(report))

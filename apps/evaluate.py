@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from apps.cli import parse_config
+from apps.cli import parse_config, plain_errors
 from apps.session import TrainConfig, open_session, start_processes
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import ArtifactError, SidError
@@ -35,7 +35,8 @@ def main() -> None:
     config = parse_config(EvaluateConfig, __doc__)
     device = start_processes()
     try:
-        report = evaluate(config, device)
+        with plain_errors():
+            report = evaluate(config, device)
         if dist.get_rank() == 0:
             print(json.dumps(report, indent=2))
     finally:

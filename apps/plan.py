@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from apps.cli import parse_config
+from apps.cli import parse_config, plain_errors
 from apps.plan_arms import PLAN_ARMS, LogSizes, PlanInputs
 from apps.plan_compare import compare_arms
 from apps.plan_report import plan_page, side_by_side_table
@@ -101,11 +101,9 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a log file has room for the whole table
-    try:
+    with plain_errors():
         config = parse_config(PlanConfig, __doc__)
         report = plan(config)
-    except SidError as error:
-        sys.exit(str(error))
     console.print((Path(config.output) / "plan.txt").read_text(), soft_wrap=True, highlight=False)
     if report["side_by_side"]:
         console.print(_terminal_table(report["side_by_side"]))

@@ -16,14 +16,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from apps.cli import parse_config
+from apps.cli import parse_config, plain_errors
+from apps.quantize_content import Array, Content, fit_fusion, item_stream
 from apps.quantize_report import describe, examples_by_prefix, write_report
 from torchrec_sid.catalog import SidCatalog, add_last_digit
 from torchrec_sid.data.schema import LogFolder
@@ -38,12 +39,12 @@ from torchrec_sid.quantizers import (
     ResidualKMeansConfig,
     RqVae,
     RqVaeConfig,
+    VqFusionConfig,
     load_quantizer,
 )
-from torchrec_sid.quantizers.stream import EmbeddingStream
 from torchrec_sid.seeding import derived_generator
 
-QuantizerName = Literal["residual_kmeans", "discrete_pca", "rq_vae"]
+QuantizerName = Literal["residual_kmeans", "discrete_pca", "rq_vae", "vq_fusion"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class QuantizeConfig:
     """Folder to write."""
     source: str | None = None
     """Embedding source; default: the folder's own."""
+    sources: tuple[str, ...] = ()
+    """Embedding sources that vq_fusion fuses; default: all of the folder's."""
+    categories: tuple[str, ...] = ()
+    """Category columns of items.parquet that vq_fusion fuses in."""
     quantizer: QuantizerName = "residual_kmeans"
     """What learns the SIDs."""
     held_out: float = 0.1
@@ -81,6 +86,7 @@ class QuantizeConfig:
     residual_kmeans: ResidualKMeansConfig = field(default_factory=ResidualKMeansConfig)
     discrete_pca: DiscretePcaConfig = field(default_factory=DiscretePcaConfig)
     rq_vae: RqVaeConfig = field(default_factory=RqVaeConfig)
+    vq_fusion: VqFusionConfig = field(default_factory=VqFusionConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -104,17 +110,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     config = parse_config(QuantizeConfig, __doc__, argv)
     console = Console()
-    try:
+    with plain_errors():
         result = quantize(config, progress=True)
-    except SidError as error:
-        sys.exit(f"error: {error}")
     console.print(describe(result.quality))
     console.print(f"catalog: {len(result.catalog):,} items, {result.catalog.fingerprint[:12]}")
     console.print(f"report: {result.report}")
 
 
 def quantize(
-    config: QuantizeConfig, *, fit_rows: np.ndarray[Any, Any] | None = None, progress: bool = False
+    config: QuantizeConfig, *, fit_rows: Array | None = None, progress: bool = False
 ) -> Quantization:
     """Learn SIDs for every item of a folder, or append new items to an earlier run's catalog.
 
@@ -133,7 +137,10 @@ def quantize(
     output = Path(config.output)
     labels = _labels(config, folder)
     if config.append_to is not None:
-        quantizer, catalog, chosen = _append(config, folder, Path(config.append_to), progress)
+        home = Path(config.append_to)
+        quantizer = load_quantizer(home / "quantizer.safetensors")
+        content = Content(folder, quantizer, home)
+        catalog, chosen = _append(config, content, quantizer.fingerprint, home / "catalog", progress)
         learned = ~chosen
     else:
         if SidCatalog.exists(output / "catalog") and not config.overwrite:
@@ -142,14 +149,16 @@ def quantize(
             )
         learned = _fit_rows(config, len(folder)) if fit_rows is None else np.asarray(fit_rows, dtype=bool)
         chosen = np.ones(len(folder), dtype=bool)
-        quantizer = _fit(config, folder, learned, progress)
+        quantizer = _fit(config, folder, learned, output, progress)
         quantizer.save(output / "quantizer.safetensors")
-        catalog = _create(config, folder, quantizer, output / "catalog", progress)
+        content = Content(folder, quantizer, output)
+        catalog = _create(config, content, quantizer.fingerprint, output / "catalog", progress)
     held_out = chosen & ~learned
+    measured = held_out if held_out.any() else chosen
     quality = measure_quality(
-        quantizer,
-        _stream(folder, held_out if held_out.any() else chosen),
-        items=_stream(folder, chosen),
+        content.view,
+        content.stream(measured),
+        items=content.stream(chosen),
         labels={name: values[torch.from_numpy(chosen)] for name, values in labels.items()},
         progress=progress,
         beam=config.beam,
@@ -159,6 +168,7 @@ def quantize(
     settings = {
         "data": str(config.data),
         "source": config.source or folder.default_source,
+        "sources": content.sources(measured, config.beam),
         "quantizer": quantizer.kind,
         "quantizer_fingerprint": quantizer.fingerprint,
         "catalog_fingerprint": catalog.fingerprint,
@@ -166,20 +176,21 @@ def quantize(
         "catalog_items": len(catalog),
         "command": shlex.join(["python", "-m", "apps.quantize", *sys.argv[1:]]),
     }
-    examples = examples_by_prefix(quantizer, folder, np.flatnonzero(chosen), beam=config.beam)
+    examples = examples_by_prefix(content, chosen, beam=config.beam)
     path = write_report(output, settings, quality, examples, html=config.report)
     return Quantization(quantizer, catalog, quality, path)
 
 
-def _fit_rows(config: QuantizeConfig, items: int) -> np.ndarray[Any, Any]:
+def _fit_rows(config: QuantizeConfig, items: int) -> Array:
     draws = torch.rand(items, generator=derived_generator(config.seed, "quantize.held_out"))
     return (draws >= config.held_out).numpy()
 
 
-def _fit(
-    config: QuantizeConfig, folder: LogFolder, rows: np.ndarray[Any, Any], progress: bool
-) -> Quantizer:
-    stream = _stream(folder, rows)
+def _fit(config: QuantizeConfig, folder: LogFolder, rows: Array, output: Path, progress: bool) -> Quantizer:
+    if config.quantizer == "vq_fusion":
+        settings = config.sources, config.categories, config.vq_fusion
+        return fit_fusion(folder, *settings, rows, output, progress).eval()
+    stream = item_stream(folder, rows)
     quantizer: Quantizer
     if config.quantizer == "discrete_pca":
         quantizer = DiscretePca(stream.dim, config.discrete_pca)
@@ -191,88 +202,51 @@ def _fit(
     return quantizer.eval()
 
 
-def _create(
-    config: QuantizeConfig, folder: LogFolder, quantizer: Quantizer, path: Path, progress: bool
-) -> SidCatalog:
-    every = np.ones(len(folder), dtype=bool)
-    mark = quantizer.fingerprint
+def _create(config: QuantizeConfig, content: Content, mark: str, path: Path, progress: bool) -> SidCatalog:
+    every = np.ones(len(content.folder), dtype=bool)
+    spec = content.view.spec
+    pairs = _encoded(config, content, every, progress)
     if not config.last_digit:
-        pairs = _encoded(config, folder, quantizer, every, progress)
-        return SidCatalog.create(
-            path, quantizer.spec, pairs, quantizer_fingerprint=mark, overwrite=config.overwrite
-        )
-    ids, codes = _gathered(config, folder, quantizer, every, progress)
-    digits = add_last_digit(quantizer.spec, ids, codes, cardinality=config.last_digit)
+        return SidCatalog.create(path, spec, pairs, quantizer_fingerprint=mark, overwrite=config.overwrite)
+    ids, codes = _gathered(pairs)
+    digits = add_last_digit(spec, ids, codes, cardinality=config.last_digit)
     return SidCatalog.create(path, digits.spec, ids, digits.codes, mark, overwrite=config.overwrite)
 
 
 def _append(
-    config: QuantizeConfig, folder: LogFolder, earlier: Path, progress: bool
-) -> tuple[Quantizer, SidCatalog, np.ndarray[Any, Any]]:
-    """Quantizer and catalog of an earlier run, with the new items appended; ``[N]`` bool, which are new."""
-    quantizer = load_quantizer(earlier / "quantizer.safetensors")
-    catalog = SidCatalog.open(earlier / "catalog")
-    new = ~catalog.contains(folder.item_ids).numpy()
+    config: QuantizeConfig, content: Content, mark: str, path: Path, progress: bool
+) -> tuple[SidCatalog, Array]:
+    """The catalog of an earlier run with the new items appended; ``[N]`` bool, which are new."""
+    catalog = SidCatalog.open(path)
+    new = ~catalog.contains(content.folder.item_ids).numpy()
     if not new.any():
         raise SidError(
             str(config.data), "every item is in the catalog already", "There is nothing to append."
         )
-    mark = quantizer.fingerprint
-    levels = catalog.spec.levels
-    if levels == quantizer.spec.levels:
-        pairs = _encoded(config, folder, quantizer, new, progress)
-        return quantizer, catalog.append(pairs, quantizer_fingerprint=mark), new
-    ids, codes = _gathered(config, folder, quantizer, new, progress)
+    pairs = _encoded(config, content, new, progress)
+    spec = content.view.spec
+    if catalog.spec.levels == spec.levels:
+        return catalog.append(pairs, quantizer_fingerprint=mark), new
+    ids, codes = _gathered(pairs)
     cardinality = catalog.spec.cardinalities[-1]
-    digits = add_last_digit(quantizer.spec, ids, codes, cardinality=cardinality, published=catalog)
-    return quantizer, catalog.append(ids, digits.codes, mark), new
+    digits = add_last_digit(spec, ids, codes, cardinality=cardinality, published=catalog)
+    return catalog.append(ids, digits.codes, mark), new
 
 
 def _encoded(
-    config: QuantizeConfig,
-    folder: LogFolder,
-    quantizer: Quantizer,
-    rows: np.ndarray[Any, Any],
-    progress: bool,
+    config: QuantizeConfig, content: Content, rows: Array, progress: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Item ids and codes of the chosen rows, batch by batch."""
-    ids = torch.from_numpy(folder.item_ids[rows])
+    ids = torch.from_numpy(content.folder.item_ids[rows])
     begin = 0
-    stream = _stream(folder, rows)
-    for batch in track(stream, "encoding", total=_batches(stream), show=progress):
-        yield ids[begin : begin + len(batch)], quantizer.encode(batch, beam=config.beam).cpu()
+    for batch in track(content.stream(rows), "encoding", total=-(-len(ids) // 16_384), show=progress):
+        yield ids[begin : begin + len(batch)], content.view.encode(batch, beam=config.beam).cpu()
         begin += len(batch)
 
 
-def _gathered(
-    config: QuantizeConfig,
-    folder: LogFolder,
-    quantizer: Quantizer,
-    rows: np.ndarray[Any, Any],
-    progress: bool,
-) -> tuple[Tensor, Tensor]:
-    pairs = list(_encoded(config, folder, quantizer, rows, progress))
-    return torch.cat([ids for ids, _ in pairs]), torch.cat([codes for _, codes in pairs])
-
-
-def _stream(folder: LogFolder, rows: np.ndarray[Any, Any]) -> EmbeddingStream:
-    """The embeddings of the chosen rows ``[N]`` bool, in item order."""
-    stream = folder.embeddings()
-    if not rows.any():
-        raise SidError(str(folder.path), "no item to learn from", "Lower held_out or add items.")
-    if rows.all():
-        return stream
-    mask = torch.from_numpy(rows)
-
-    def start() -> Iterator[Tensor]:
-        begin = 0
-        for batch in stream:
-            kept = batch[mask[begin : begin + len(batch)]]
-            begin += len(batch)
-            if len(kept):
-                yield kept
-
-    return EmbeddingStream(start, stream.dim, int(rows.sum()), stream.name)
+def _gathered(pairs: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    parts = list(pairs)
+    return torch.cat([ids for ids, _ in parts]), torch.cat([codes for _, codes in parts])
 
 
 def _labels(config: QuantizeConfig, folder: LogFolder) -> dict[str, Tensor]:
@@ -282,10 +256,6 @@ def _labels(config: QuantizeConfig, folder: LogFolder) -> dict[str, Tensor]:
     shares = folder.category(config.label, config.separator).probabilities
     label = np.where(shares.any(1), shares.argmax(1), shares.shape[1])
     return {config.label: torch.from_numpy(label)}
-
-
-def _batches(stream: EmbeddingStream) -> int | None:
-    return None if stream.rows is None else -(-stream.rows // 16_384)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from apps.quantize_content import Array, Content
 from torchrec_sid.artifact import write_atomically, write_json
-from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.quality import QualityReport
-from torchrec_sid.quantizers import Quantizer
 from torchrec_sid.seeding import derived_generator
 
 matplotlib.use("Agg")
@@ -42,52 +41,50 @@ class PrefixExample(NamedTuple):
 
 
 @torch.no_grad()
-def examples_by_prefix(
-    quantizer: Quantizer, folder: LogFolder, rows: np.ndarray[Any, Any], *, beam: int = 1
-) -> list[PrefixExample]:
+def examples_by_prefix(content: Content, chosen: Array, *, beam: int = 1) -> list[PrefixExample]:
     """Six level-1 prefixes, from the most to the least popular, each with its two largest continuations.
 
     Args:
-        quantizer: fitted.
-        folder: where names and embeddings come from.
-        rows: dense indices of the items to draw from; at most 50,000 of them are looked at.
+        content: items as vectors, and their quantizer.
+        chosen: ``[N]`` bool, the items to draw from; at most 50,000 of them are looked at.
         beam: as for ``encode``.
     """
+    rows = np.flatnonzero(chosen)
     if len(rows) > _EXAMPLE_ROWS:
         generator = derived_generator(0, "quantize.examples")
         rows = np.sort(rows[torch.randperm(len(rows), generator=generator)[:_EXAMPLE_ROWS].numpy()])
-    x = torch.from_numpy(np.array(folder.embedding_matrix()[rows], dtype=np.float32))
-    codes = quantizer.encode(x, beam=beam).cpu()
-    units = normalize(x, dim=1)
+    looked_at = np.zeros(len(chosen), dtype=bool)
+    looked_at[rows] = True
+    x = torch.cat(list(content.stream(looked_at))).cpu()
+    codes = content.view.encode(x, beam=beam).cpu()
+    items = _Items(content, rows, codes, normalize(x, dim=1))
     counts = codes[:, 0].bincount()
     popular = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     places = torch.linspace(0, len(popular) - 1, min(_TOP_PREFIXES, len(popular))).round().long()
     out = []
     for code in popular[places].tolist():
-        out.append(_example(quantizer, folder, rows, codes, units, (code,)))
-        if quantizer.spec.levels == 1:
+        out.append(items.example((code,)))
+        if codes.shape[1] == 1:
             continue
         children = codes[codes[:, 0] == code, 1].bincount()
-        for child in children.argsort(descending=True, stable=True)[:_CHILDREN].tolist():
-            if children[child]:
-                out.append(_example(quantizer, folder, rows, codes, units, (code, child)))
+        largest = children.argsort(descending=True, stable=True)[:_CHILDREN].tolist()
+        out += [items.example((code, child)) for child in largest if children[child]]
     return out
 
 
-def _example(
-    quantizer: Quantizer,
-    folder: LogFolder,
-    rows: np.ndarray[Any, Any],
-    codes: Tensor,
-    units: Tensor,
-    prefix: tuple[int, ...],
-) -> PrefixExample:
-    members = (codes[:, : len(prefix)] == torch.tensor(prefix)).all(1).nonzero().flatten()
-    centre = normalize(quantizer.decode(torch.tensor([prefix])).cpu(), dim=1)[0]
-    cosine = units[members] @ centre
-    nearest = members[cosine.argsort(descending=True)[:_ITEMS]]
-    names = tuple(folder.texts(rows[nearest.numpy()]))
-    return PrefixExample(prefix, len(members), float(cosine.mean()), names)
+class _Items(NamedTuple):
+    content: Content
+    rows: Array  # [n] int64, dense indices
+    codes: Tensor  # [n, L] int64
+    units: Tensor  # [n, d] float32
+
+    def example(self, prefix: tuple[int, ...]) -> PrefixExample:
+        members = (self.codes[:, : len(prefix)] == torch.tensor(prefix)).all(1).nonzero().flatten()
+        centre = normalize(self.content.view.decode(torch.tensor([prefix])).cpu(), dim=1)[0]
+        cosine = self.units[members] @ centre
+        nearest = members[cosine.argsort(descending=True)[:_ITEMS]]
+        names = tuple(self.content.folder.texts(self.rows[nearest.numpy()]))
+        return PrefixExample(prefix, len(members), float(cosine.mean()), names)
 
 
 def write_report(
@@ -215,7 +212,11 @@ def _page(
             for e in examples
         ],
     )
-    facts = _table(("", ""), [(name.replace("_", " "), value) for name, value in settings.items()])
+    facts = _table(("", ""), [(k.replace("_", " "), v) for k, v in settings.items() if k != "sources"])
+    kept = "".join(
+        f"<h3>{escape(name)}</h3>{_table(tuple(figures), [[_short(v) for v in figures.values()]])}"
+        for name, figures in settings["sources"].items()
+    )
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1em 0}"
@@ -231,8 +232,13 @@ def _page(
         f"{quality.held_out:,} embeddings. Two items at random have cosine {quality.random_cosine:.3f}.</p>"
         f"<img alt='quality' src='data:image/png;base64,{image}'>"
         f"<h2>Levels</h2>{levels}<h2>Prefixes</h2>{prefixes}"
-        f"<h2>Items by prefix</h2>{shown}<h2>Run</h2>{facts}"
+        + (f"<h2>What the SID keeps of each source</h2>{kept}" if kept else "")
+        + f"<h2>Items by prefix</h2>{shown}<h2>Run</h2>{facts}"
     )
+
+
+def _short(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

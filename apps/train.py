@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.tensorboard import SummaryWriter
 
-from apps.cli import parse_config
+from apps.cli import parse_config, plain_errors
 from apps.session import Session, TrainConfig, open_session, start_processes
 from torchrec_sid.artifact import write_json
 from torchrec_sid.doctor import find_versions
@@ -43,7 +43,8 @@ def main() -> None:
     config = parse_config(TrainConfig, __doc__)
     device = start_processes()
     try:
-        report = train(config, device)
+        with plain_errors():
+            report = train(config, device)
         if dist.get_rank() == 0:
             logger.info("%s", json.dumps(report["slices"]["all"]))
     finally:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from apps.cli import parse_config
+from apps.cli import parse_config, plain_errors
+from torchrec_sid.errors import SidError
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,9 @@ class _Flags:
 )
 def test_a_bare_boolean_option_is_a_flag(argv: list[str], expected: _Flags) -> None:
     assert parse_config(_Flags, None, argv) == expected
+
+
+def test_a_sid_error_ends_the_program_with_its_message_alone() -> None:
+    with pytest.raises(SystemExit) as stop, plain_errors():
+        raise SidError("items.parquet", "item_id 7 occurs twice", "Keep one row per item.")
+    assert stop.value.code == "SidError: items.parquet: item_id 7 occurs twice. Keep one row per item."
