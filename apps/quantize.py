@@ -70,7 +70,7 @@ class QuantizeConfig:
     label: str | None = None
     """Category column of items.parquet for the purity of prefixes."""
     separator: str | None = None
-    """What stands between several categories of one item; the first one counts."""
+    """What stands between several categories of one item; for purity the first one counts."""
     last_digit: int = 0
     """Cardinality of a last digit that tells items of one SID apart; 0 for none."""
     append_to: str | None = None
@@ -188,7 +188,7 @@ def _fit_rows(config: QuantizeConfig, items: int) -> Array:
 
 def _fit(config: QuantizeConfig, folder: LogFolder, rows: Array, output: Path, progress: bool) -> Quantizer:
     if config.quantizer == "vq_fusion":
-        settings = config.sources, config.categories, config.vq_fusion
+        settings = config.sources, config.categories, config.separator, config.vq_fusion
         return fit_fusion(folder, *settings, rows, output, progress).eval()
     stream = item_stream(folder, rows)
     quantizer: Quantizer

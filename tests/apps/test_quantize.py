@@ -17,6 +17,7 @@ from torchrec_sid.quantizers import (
     DiscretePcaConfig,
     ResidualKMeansConfig,
     RqVaeConfig,
+    VqFusionConfig,
     load_quantizer,
 )
 
@@ -95,6 +96,45 @@ def test_every_quantizer_can_be_chosen(config: QuantizeConfig) -> None:
     small = RqVaeConfig(cardinalities=(8, 8), epochs=1)
     vae = changed(config, quantizer="rq_vae", rq_vae=small, overwrite=True)
     assert vae.catalog.spec.cardinalities == (8, 8) and vae.quantizer.kind == "rq_vae"
+
+
+def test_several_sources_become_one_sid_and_new_items_need_not_have_all(
+    config: QuantizeConfig, tmp_path: Path
+) -> None:
+    data = Path(config.data)
+    random = np.random.default_rng(5)
+    np.save(data / "item_emb_image.npy", random.standard_normal((600, 6)).astype(np.float16))
+    fields = {"quantizer": "vq_fusion", "categories": ("kind",)}
+    small = VqFusionConfig(codebooks=(8,), stages=((4, 3),), epochs=4.0, hidden=(16,))
+    first = quantize(dataclasses.replace(config, vq_fusion=small, report=True, **fields))  # type: ignore[arg-type]
+    assert first.catalog.spec.cardinalities == (8, 3, 3, 3, 3)
+    quality = json.loads((Path(config.output) / "quality.json").read_text())
+    assert set(quality["sources"]) == {"content", "image", "kind"}
+    assert quality["sources"]["kind"]["top1"] > 0.9 > 2 * quality["sources"]["kind"]["top1_majority"]
+    assert quality["sources"]["content"]["fvu"] < 0.6
+    assert "What the SID keeps of each source" in first.report.read_text()
+    assert first.quantizer.sources["kind"].width == 6  # type: ignore[attr-defined]
+    split = changed(config, vq_fusion=small, separator=", ", **fields)
+    assert split.quantizer.sources["kind"].width == 7, "six topics, and 'other'"  # type: ignore[attr-defined]
+    one = changed(config, vq_fusion=small, sources=("content",), quantizer="vq_fusion", overwrite=True)
+    assert set(one.quantizer.sources) == {"content"}  # type: ignore[attr-defined]
+    # New items have no image, and one has a category that the fit has not seen.
+    write_items(tmp_path / "more", 10 * np.arange(50) + 1, seed=1)
+    table = pq.read_table(tmp_path / "more" / "items.parquet")
+    kinds = ["new"] + table.column("kind").to_pylist()[1:]
+    table = table.set_column(2, "kind", pa.array(kinds))
+    pq.write_table(table, tmp_path / "more" / "items.parquet")
+    np.save(tmp_path / "more" / "item_emb_image.npy", np.ones((1, 6), np.float16))
+    rows = pa.table({"item_id": pa.array([1])})
+    pq.write_table(rows, tmp_path / "more" / "item_emb_image_rows.parquet")
+    appended = quantize(
+        dataclasses.replace(
+            config, data=str(tmp_path / "more"), output=str(tmp_path / "new"), append_to=config.output
+        )
+    )
+    assert len(appended.catalog) == 650 and appended.catalog.generation == 2
+    ids = torch.from_numpy(10 * np.arange(600))
+    assert torch.equal(appended.catalog.lookup(ids), first.catalog.lookup(ids))
 
 
 def test_another_source_and_rows_of_ones_own_choice(config: QuantizeConfig) -> None:
