@@ -1,6 +1,7 @@
 """Gradient quantizers fitted by two processes: bit-equal codebooks after start, averages and resets."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ import torch.distributed as dist
 
 from tests.distributed.launch import run_ranks
 from tests.quantizers.test_rq_vae import SMALL, bent_clusters, error
+from tests.quantizers.test_vq_fusion import SMALL as FUSION
+from tests.quantizers.test_vq_fusion import SOURCES, items
 from torchrec_sid.artifact import fingerprint
-from torchrec_sid.quantizers import RqVae, RqVaeConfig
+from torchrec_sid.quantizers import RqVae, RqVaeConfig, VqFusion
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
 from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
 from torchrec_sid.quantizers.ranks import Ranks
@@ -38,6 +41,37 @@ def test_a_fit_by_two_processes_ends_with_the_same_bits() -> None:
         alone = RqVae(12, dataclasses.replace(config, batch_size=64))
         alone.fit(bent_clusters(401))
         assert left < 1.1 * error(alone, bent_clusters(401))
+
+
+def _fuse() -> tuple[str, tuple[float, ...]]:
+    data = items(301)
+    present = {"image": torch.arange(301) % 5 > 0}
+    fusion = VqFusion(SOURCES, dataclasses.replace(FUSION, batch_size=32))
+    pairs = torch.arange(300).view(-1, 2)
+    report = fusion.fit(data, present=present, pairs=pairs, group=dist.group.WORLD)
+    return _bits(fusion), report.fvu
+
+
+def test_a_fusion_by_two_processes_ends_with_the_same_bits() -> None:
+    first, second = run_ranks(_fuse, 2)
+    assert first == second
+    assert first[1][-1] < first[1][0] < 1
+
+
+def _resume(path: str) -> list[str]:
+    x = bent_clusters(201)
+    marks = []
+    for _ in range(2):  # the second fit finds the first one's checkpoint, complete
+        quantizer = RqVae(12, CONFIG)
+        quantizer.fit(x, checkpoint=path, checkpoint_every=4, group=dist.group.WORLD)
+        marks.append(_bits(quantizer))
+    return marks
+
+
+def test_two_processes_continue_from_one_checkpoint(tmp_path: Path) -> None:
+    first, second = run_ranks(_resume, 2, str(tmp_path / "fit.safetensors"))
+    assert first == second
+    assert first[0] == first[1]
 
 
 def _follow() -> list[tuple[str, int, float]]:

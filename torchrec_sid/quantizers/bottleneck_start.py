@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torchrec_sid.quantizers.dpca_encode import encode_digits
 from torchrec_sid.quantizers.kmeans import cluster_sums
 from torchrec_sid.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from torchrec_sid.quantizers.usage import count_codes, usage_of
+
+_MEASURED_ROWS = 8192
+_LEAST_GAIN = 1e-3  # of the variance; a level below it is not judged
 
 
 @torch.no_grad()
@@ -30,9 +34,10 @@ def start_bottleneck(bottleneck: Bottleneck, z: Tensor, *, rows_per_step: int, s
     bottleneck.center.copy_(z.mean(0) if first is None else first.mean)
     residual = z - bottleneck.center
     bottleneck.variance.copy_(residual.square().sum(1).mean())
+    chosen = None if first is None else first.encode(z)
     for level, size in enumerate(bottleneck.sizes):
-        assert first is not None
-        codes = first.encode(z)[:, level]
+        assert chosen is not None
+        codes = chosen[:, level]
         sums = cluster_sums(residual, codes, size)
         bottleneck.get_buffer(f"count_{level}").copy_(sums.count * step)
         bottleneck.get_buffer(f"total_{level}").copy_(sums.total * step)
@@ -42,8 +47,7 @@ def start_bottleneck(bottleneck: Bottleneck, z: Tensor, *, rows_per_step: int, s
     bottleneck.basis.copy_(basis)
     if bottleneck.digit_stages:
         _start_moments(bottleneck, residual)
-    reading = usage_of(count_codes(bottleneck.encode(z), bottleneck.cardinalities))
-    bottleneck.start_perplexity.copy_(torch.tensor(reading.perplexity))
+    bottleneck.start_perplexity.copy_(_perplexity_that_counts(bottleneck, z[:_MEASURED_ROWS]))
 
 
 def _closed_form(bottleneck: Bottleneck, z: Tensor, seed: int) -> tuple[ResidualKMeans | None, Tensor]:
@@ -61,6 +65,19 @@ def _closed_form(bottleneck: Bottleneck, z: Tensor, seed: int) -> tuple[Residual
     )
     kmeans.fit(z)
     return kmeans, bottleneck.basis
+
+
+def _perplexity_that_counts(bottleneck: Bottleneck, z: Tensor) -> Tensor:
+    """Perplexity per level, ``[L]``; 1 for a level that explains nothing, whose usage says nothing."""
+    codes = bottleneck.encode(z)
+    perplexity = usage_of(count_codes(codes, bottleneck.cardinalities)).perplexity
+    left = [float((z - bottleneck.center).square().sum())]
+    for depth in range(1, codes.shape[1] + 1):
+        left.append(float((z - bottleneck.decode(codes[:, :depth])).square().sum()))
+    gains = [before - after for before, after in pairwise(left)]
+    return torch.tensor(
+        [p if g > _LEAST_GAIN * left[0] else 1.0 for p, g in zip(perplexity, gains, strict=True)]
+    )
 
 
 def _start_moments(bottleneck: Bottleneck, residual: Tensor) -> None:

@@ -34,7 +34,8 @@ class VqFusionConfig(BottleneckConfig, TrainingConfig):
     gradient: GradientName = "straight_through"
     """What the encoder learns from: ``"straight_through"`` or ``"rotation"``."""
     source_dropout: float = 0.1
-    """Probability with which training hides a source of an item from the encoder; at least one stays."""
+    """Probability with which training hides a source of an item (at least one stays) from a second look,
+    whose latent is pulled to that of the whole item."""
     contrastive_weight: float = 0.1
     """lambda of the contrastive term, where the fit is given co-engaged pairs."""
     contrastive_temperature: float = 0.1

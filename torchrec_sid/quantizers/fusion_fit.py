@@ -111,11 +111,14 @@ class FusionFit:
         model = self._model
         directions = top_directions(moments.covariance, model.bottleneck.dim).float()
         model.encoder.linear.weight.zero_()[:, : model.inputs.dim] = directions
-        z = model.encoder(moments.sample)
+        model.inputs.fit_imputation(moments.covariance, moments.rows)
+        z = model.latents(moments.sample)
         step = model.config.batch_size * self._ranks.size
         start_bottleneck(model.bottleneck, z, rows_per_step=step, seed=model.config.seed)
-        z_hat = model.bottleneck.decode(model.bottleneck.encode(z))
-        model.heads.start(directions, z_hat, model.inputs.split(moments.sample))
+        sample, codes = moments.sample[:_MEASURED_ROWS], model.bottleneck.encode(z[:_MEASURED_ROWS])
+        depths = range(1, model.spec.levels + 1)
+        z_hats = [model.bottleneck.decode(codes[:, :depth]) for depth in depths]
+        model.heads.start(directions, z_hats, model.inputs.split(sample))
         self._ranks.broadcast_(model.state_dict().values())
 
     def _trainee(self, sample: Tensor) -> Trainee:
@@ -127,21 +130,32 @@ class FusionFit:
             encoder=trainable([model.encoder]),
             decoder=trainable([model.heads, model.bottleneck]),
             step=lambda batch, seed: self._step(batch[0], seed),
-            measure=lambda: float(self._errors(sample, model.encode_packed(sample)) @ self._weights),
+            measure=lambda: self._measure(sample),
             manifest={"kind": model.kind, **model.manifest(), "pairs": pairs},
         )
+
+    @torch.no_grad()
+    def _measure(self, sample: Tensor) -> float:
+        """The losses of the sources, and of pairs where there are some, on fixed items."""
+        model = self._model
+        error = float(self._errors(sample, model.encode_packed(sample)) @ self._weights)
+        if self._pairs is None or not model.config.contrastive_weight:
+            return error
+        some = self._pairs[:_MEASURED_ROWS].split(model.config.contrastive_batch)
+        batches = [pairs for pairs in some if len(pairs) > 1] or [self._pairs]
+        contrast = sum(float(self._contrast(pairs)) for pairs in batches) / len(batches)
+        return error + model.config.contrastive_weight * contrast
 
     def _step(self, packed: Tensor, seed: int) -> Step:
         model, config = self._model, self._model.config
         generator = derived_generator(seed, f"vq_fusion.step rank {self._ranks.rank}")
-        read = packed
-        if config.source_dropout and len(model.sources) > 1:
-            read = model.inputs.drop(packed, config.source_dropout, generator)
-        z = model.encoder(read)
+        z = model.latents(packed)
         quantized: BottleneckOutput = model.bottleneck(z)
         decoded = model.heads(self._through(z, quantized))
         errors = source_errors(model.inputs, decoded, model.inputs.split(packed))
         loss = errors @ self._weights + quantized.loss
+        if config.source_dropout and len(model.sources) > 1:
+            loss = loss + self._consistency(packed, z, generator)
         if self._pairs is not None and config.contrastive_weight:
             draw = torch.randint(len(self._pairs), (config.contrastive_batch,), generator=generator)
             loss = loss + config.contrastive_weight * self._contrast(self._pairs[draw])
@@ -152,9 +166,21 @@ class FusionFit:
         # Codebooks that are parameters learn from the heads as well; adds 0.
         return z_hat + (quantized.z_hat - quantized.z_hat.detach())
 
+    def _consistency(self, packed: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Distance of the latents of items with hidden sources from their whole latents, over Var(z).
+
+        The codebooks see whole items only: hidden sources in their averages would pull codewords to
+        where no whole item is.
+        """
+        model = self._model
+        hidden = model.inputs.drop(packed, model.config.source_dropout, generator)
+        changed = (hidden != packed).any(dim=1)
+        distance = (model.latents(hidden[changed]) - z[changed].detach()).square().sum()
+        return distance / len(z) / model.bottleneck.variance.clamp(min=1e-12)
+
     def _contrast(self, pairs: Tensor) -> Tensor:
         packed = self._model.pack(self._data.gather(pairs.T.reshape(-1)))
-        z = self._model.encoder(packed)
+        z = self._model.latents(packed)
         left, right = self._through(z, self._model.bottleneck(z)).chunk(2)
         return info_nce(left, right, self._model.config.contrastive_temperature)
 

@@ -48,12 +48,12 @@ class FusionHeads(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(width, device=device) for width in inputs.widths)
 
     @torch.no_grad()
-    def start(self, directions: Tensor, z_hat: Tensor, parts: Sequence[SourcePart]) -> None:
+    def start(self, directions: Tensor, z_hats: Sequence[Tensor], parts: Sequence[SourcePart]) -> None:
         """Set the linear parts.
 
         Args:
             directions: rows of the encoder's PCA, ``[latent, D]``, in the packed columns.
-            z_hat: ``[S, latent]``, quantized latents of a sample.
+            z_hats: ``[S, latent]`` each, latents of a sample decoded from prefixes of growing depth.
             parts: the sources of the same sample.
         """
         begin = 0
@@ -63,7 +63,9 @@ class FusionHeads(nn.Module):
             head = self.heads[index]
             assert isinstance(head, LinearPlusMlp)
             if isinstance(source, CategorySource):
-                weight, bias = _nearest_class_means(z_hat[part.present], part.values[part.present])
+                weight, bias = _nearest_class_means(
+                    [z_hat[part.present] for z_hat in z_hats], part.values[part.present]
+                )
                 head.linear.weight.copy_(weight)
                 self.biases[index].copy_(bias)
             else:
@@ -104,21 +106,36 @@ def info_nce(left: Tensor, right: Tensor, temperature: float) -> Tensor:
     return loss / (2 * math.log(max(len(left), 2)))
 
 
-def _nearest_class_means(z: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights ``[J, latent]`` and biases ``[J]``; classes without items stay at the mean."""
-    count = probabilities.sum(0)
-    total = probabilities.T @ z
-    # A class of few items has its mean pulled towards the origin, the mean of all items.
-    means = total / (count + 1)[:, None]
-    prior = ((count + 0.5) / (count + 0.5).sum()).log()
-    # The temperature that fits best: the spread within classes is seldom the same in all directions.
-    spread = max(float(z.square().sum(1).mean()) / z.shape[1], _TINY)
-    best: tuple[float, Tensor, Tensor] | None = None
+def _nearest_class_means(z_hats: Sequence[Tensor], probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[J, latent]`` and biases ``[J]`` of the classifier; classes without items stay at the mean.
+
+    Means are those of the full codes of one half of the items. The temperature is the one that fits all
+    depths of the other half best: with the items behind the means, or full codes alone, it would be so
+    sharp that one wrong class of a prefix costs more than all right ones gain.
+    """
+    half = slice(0, None, 2), slice(1, None, 2)
+    means, prior = _class_means(z_hats[-1][half[0]], probabilities[half[0]])
+    spread = max(float(z_hats[-1].square().sum(1).mean()) / z_hats[-1].shape[1], _TINY)
+    errors = {}
     for power in range(-8, 9):
-        weight = means / (spread * 2.0**power)
-        bias = prior - (weight * means).sum(1) / 2
-        error = float(F.kl_div((z @ weight.T + bias).log_softmax(1), probabilities, reduction="batchmean"))
-        if best is None or error < best[0]:
-            best = (error, weight, bias)
-    assert best is not None
-    return best[1], best[2]
+        temperature = spread * 2.0**power
+        logits = (_logits(z[half[1]], means, prior, temperature) for z in z_hats)
+        errors[temperature] = sum(float(_divergence(out, probabilities[half[1]])) for out in logits)
+    temperature = min(errors, key=lambda t: errors[t])
+    means, prior = _class_means(z_hats[-1], probabilities)
+    return means / temperature, prior - means.square().sum(1) / (2 * temperature)
+
+
+def _class_means(z: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    count = probabilities.sum(0)
+    # A class of few items has its mean pulled towards the origin, the mean of all items.
+    means = (probabilities.T @ z) / (count + 0.1)[:, None]
+    return means, ((count + 0.5) / (count + 0.5).sum()).log()
+
+
+def _logits(z: Tensor, means: Tensor, prior: Tensor, temperature: float) -> Tensor:
+    return (z @ means.T - means.square().sum(1) / 2) / temperature + prior
+
+
+def _divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
+    return F.kl_div(logits.log_softmax(1), probabilities, reduction="sum")

@@ -71,7 +71,7 @@ class FusionMeter:
         """Measure rows of :class:`~torchrec_sid.quantizers.fusion_data.FusionData`."""
         fusion = self._fusion
         packed = fusion.pack(raw)
-        z = fusion.encoder(packed)
+        z = fusion.latents(packed)
         kept = fusion.decode_heads(fusion.bottleneck.encode(z, beam=beam))
         ceiling = fusion.heads(z)
         parts = fusion.inputs.split(packed)

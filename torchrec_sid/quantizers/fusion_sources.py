@@ -100,6 +100,8 @@ class FusionInputs(nn.Module):
     """``[D]``, D the sum of widths."""
     scale: Tensor
     """``[K]``, per source."""
+    imputation: Tensor
+    """``[D, D]``, row block k is the regression of source k on the other sources."""
     entropy: Tensor
     """``[K]``, entropy of a category's mean distribution in nats; 0 for an embedding."""
 
@@ -110,6 +112,7 @@ class FusionInputs(nn.Module):
         self.widths = [source.width for source in sources.values()]
         self.dim = sum(self.widths)
         self.register_buffer("mean", torch.zeros(self.dim, device=device))
+        self.register_buffer("imputation", torch.zeros(self.dim, self.dim, device=device))
         self.register_buffer("scale", torch.ones(len(sources), device=device))
         self.register_buffer("entropy", torch.zeros(len(sources), device=device))
 
@@ -163,6 +166,33 @@ class FusionInputs(nn.Module):
         values, flags = raw.split([self.dim, len(self.widths)], dim=1)
         factors = self._per_column(self._roots() / self.scale)
         return torch.cat([(values - self.mean) * factors * self._per_column(flags), flags], dim=1)
+
+    @torch.no_grad()
+    def fit_imputation(self, covariance: Tensor, rows: int) -> None:
+        """Ridge regressions of each source on the others, from the covariance ``[D, D]``."""
+        self.imputation.zero_()
+        begin = 0
+        for width in self.widths if len(self.widths) > 1 else []:
+            own = torch.zeros(self.dim, dtype=torch.bool, device=covariance.device)
+            own[begin : begin + width] = True
+            others = covariance[~own][:, ~own]
+            # The noise of a covariance of few rows; also makes one-hot columns, which sum to 1, regular.
+            ridge = others.diagonal().sum() / max(rows, 1) + _TINY
+            others = others + ridge * torch.eye(len(others), dtype=others.dtype, device=others.device)
+            weights = torch.linalg.solve(others, covariance[~own][:, own]).T
+            self.imputation[begin : begin + width, ~own] = weights.to(self.imputation.dtype)
+            begin += width
+
+    def fill(self, packed: Tensor) -> Tensor:
+        """Packed rows with missing sources replaced by their regression on the present ones; flags kept."""
+        values, flags = packed.split([self.dim, len(self.widths)], dim=1)
+        incomplete = (flags == 0).any(dim=1).nonzero().squeeze(1)
+        if not len(incomplete):
+            return packed
+        part = values[incomplete]
+        missing = 1 - self._per_column(flags[incomplete])
+        filled = values.index_copy(0, incomplete, part + (part @ self.imputation.T) * missing)
+        return torch.cat([filled, flags], dim=1)
 
     def split(self, packed: Tensor) -> list[SourcePart]:
         """The sources of packed rows, as the heads should give them back."""

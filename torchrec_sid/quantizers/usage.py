@@ -14,6 +14,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.quantizers.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+_LEAST_PERPLEXITY = 1.2
 
 
 class CollapseError(SidError):
@@ -76,8 +77,8 @@ class UsageMonitor:
         for levels, name in [*wide, *([(digits, "the digits")] if digits else [])]:
             now = sum(reading.perplexity[i] for i in levels) / len(levels)
             before = sum(self._start[i] for i in levels) / len(levels)
-            # A perplexity of 1 is no information at all: judge what is above it.
-            if now - 1 < self._collapse_below * (before - 1):
+            # A perplexity of 1 is no information at all: judge what is above it, where there was some.
+            if before > _LEAST_PERPLEXITY and now - 1 < self._collapse_below * (before - 1):
                 raise CollapseError(
                     f"{name} after step {step}",
                     f"usage collapsed: perplexity {now:.1f}, at the start it was {before:.1f}",

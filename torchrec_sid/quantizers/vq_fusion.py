@@ -214,7 +214,12 @@ class VqFusion(Quantizer):
     @torch.no_grad()
     def encode_packed(self, packed: Tensor, *, beam: int = 1) -> Tensor:
         """Normalised rows ``[N, D + K]`` -> codes ``[N, L]``."""
-        return self.bottleneck.encode(self.encoder(packed), beam=beam)
+        return self.bottleneck.encode(self.latents(packed), beam=beam)
+
+    def latents(self, packed: Tensor) -> Tensor:
+        """Normalised rows ``[N, D + K]`` -> what the bottleneck quantizes, ``[N, latent]``."""
+        z: Tensor = self.encoder(self.inputs.fill(packed))
+        return z
 
     @torch.no_grad()
     def decode_heads(self, codes: Tensor) -> list[Tensor]:
