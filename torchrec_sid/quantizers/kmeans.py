@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 4096  # rows at a time: the [rows, K] scores stay within the cache
+_CHUNK = 2048  # rows at a time: the [rows, K] scores stay within the cache
 _FIRST_DIM = 16
 _ENERGY = 0.99
 _SEED_ROWS_PER_CODE = 32

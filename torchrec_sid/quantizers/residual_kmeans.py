@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from torchrec_sid.quantizers.sample import RowSample
 from torchrec_sid.quantizers.stream import EmbeddingStream, open_stream
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
+
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -206,18 +209,21 @@ class ResidualKMeans(Quantizer):
             return torch.zeros(0, self.spec.levels, dtype=torch.int64, device=device)
         stream = open_stream(x)
         self._check_dim(stream)
-        return torch.cat([self._encode_batch(batch.to(device) - self.mean, beam) for batch in stream])
+        encode = self._encode_greedily if beam == 1 else partial(self._encode_by_beam, beam=beam)
+        # A chunk stays within the cache through all of its levels.
+        return torch.cat([encode(part.to(device) - self.mean) for b in stream for part in b.split(_CHUNK)])
 
-    def _encode_batch(self, residual: Tensor, beam: int) -> Tensor:
-        if beam > 1:
-            levels = range(self.spec.levels)
-            books = [self.codebook(level) for level in levels]
-            return beam_search(residual, books, [self.counts(level) > 0 for level in levels], beam)
-        columns = []
-        for level in range(self.spec.levels):
+    def _encode_greedily(self, residual: Tensor) -> Tensor:
+        columns = [self._nearest(residual, 0)]
+        for level in range(1, self.spec.levels):
+            residual -= self.codebook(level - 1)[columns[-1]]
             columns.append(self._nearest(residual, level))
-            residual -= self.codebook(level)[columns[-1]]
         return torch.stack(columns, dim=1)
+
+    def _encode_by_beam(self, centred: Tensor, beam: int) -> Tensor:
+        levels = range(self.spec.levels)
+        books = [self.codebook(level) for level in levels]
+        return beam_search(centred, books, [self.counts(level) > 0 for level in levels], beam)
 
     def _check_dim(self, stream: EmbeddingStream) -> None:
         if stream.dim != self.dim:
