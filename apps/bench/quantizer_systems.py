@@ -106,7 +106,7 @@ def _residual_kmeans(x: Tensor, bits: int, seed: int, beam: int = 1) -> Fitted:
 def _rq_vae(x: Tensor, bits: int, seed: int) -> Fitted:
     quantizer = RqVae(x.shape[1], RqVaeConfig(cardinalities=_bytewise(bits), seed=seed))
     quantizer.fit(x)
-    return _own(quantizer, decoder_floats(quantizer))
+    return _own(quantizer, quantizer.decoder_floats)
 
 
 def _discrete_pca(x: Tensor, bits: int, seed: int) -> Fitted:
@@ -126,14 +126,8 @@ def _vq_fusion(x: Tensor, bits: int, seed: int) -> Fitted:
         lambda y: quantizer.encode({"x": y}),
         lambda codes: quantizer.decode(codes)["x"],
         sum(log2(k) for k in quantizer.spec.cardinalities),
-        decoder_floats(quantizer),
+        quantizer.decoder_floats,
     )
-
-
-def decoder_floats(quantizer: torch.nn.Module) -> int:
-    """Numbers in the state of a quantizer that are not its encoder's."""
-    state = quantizer.state_dict()
-    return sum(v.numel() for k, v in state.items() if v.is_floating_point() and not k.startswith("encoder"))
 
 
 def _padded(x: Tensor, parts: int) -> np.ndarray[Any, Any]:

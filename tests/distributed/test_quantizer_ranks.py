@@ -15,13 +15,14 @@ from torchrec_sid.artifact import fingerprint
 from torchrec_sid.quantizers import RqVae, RqVaeConfig, VqFusion
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
 from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.gradient_fit import all_tensors
 from torchrec_sid.quantizers.ranks import Ranks
 
 CONFIG = dataclasses.replace(SMALL, batch_size=32)
 
 
 def _bits(module: torch.nn.Module) -> str:
-    return fingerprint("state", 1, {}, module.state_dict())
+    return fingerprint("state", 1, {}, all_tensors(module))
 
 
 def _fit(config: RqVaeConfig, rows: int) -> tuple[str, float, int]:
@@ -81,7 +82,7 @@ def _follow() -> list[tuple[str, int, float]]:
     z = bent_clusters(300, seed=rank)[: 300 - 120 * rank]
     bottleneck = Bottleneck(12, (16, 8), ((3, 3),), BottleneckConfig(reset_below=0.1))
     start_bottleneck(bottleneck, z, rows_per_step=300, seed=0)
-    ranks.broadcast_(bottleneck.state_dict().values())
+    ranks.broadcast_(all_tensors(bottleneck).values())
     states: list[tuple[str, int, float]] = [(_bits(bottleneck), 0, 0.0)]
     bottleneck.codebook(0)[5] = 1e4
     bottleneck.count_0[5], bottleneck.total_0[5] = 1e-6, 0.01

@@ -8,6 +8,7 @@ so that codewords stay means and directions stay orthonormal. Codebooks may foll
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,16 +117,23 @@ class Bottleneck(nn.Module):
                 self.register_parameter(f"codebook_{level}", nn.Parameter(table))
             else:
                 self.register_buffer(f"codebook_{level}", table)
-            # Assignments and sum of residuals per step, moving averages; a code without any stays free.
+            # Assignments per step, a moving average; a code without any stays free.
             self.register_buffer(f"count_{level}", torch.zeros(size, device=device))
-            self.register_buffer(f"total_{level}", torch.zeros(size, dim, device=device))
-        self.register_buffer("prior", torch.zeros(len(codebooks), device=device))
         self.register_buffer("basis", torch.zeros(digits, dim, device=device))
-        self.register_buffer("cross", torch.zeros(digits, dim, dtype=torch.float64, device=device))
-        self.register_buffer("square", torch.zeros(digits, digits, dtype=torch.float64, device=device))
-        self.register_buffer("variance", torch.ones((), device=device))
-        self.register_buffer("start_perplexity", torch.ones(len(self.cardinalities), device=device))
         self.register_buffer("center", torch.zeros(dim, device=device))
+        # What only training needs is in its checkpoints, not in the fitted quantizer.
+        for name, value in self._training_state(device):
+            self.register_buffer(name, value, persistent=False)
+
+    def _training_state(self, device: torch.device | str | None) -> Iterator[tuple[str, Tensor]]:
+        digits, double = len(self.alphabets), torch.float64
+        for level, size in enumerate(self.sizes):
+            yield f"total_{level}", torch.zeros(size, self.dim, device=device)
+        yield "prior", torch.zeros(len(self.sizes), device=device)
+        yield "cross", torch.zeros(digits, self.dim, dtype=double, device=device)
+        yield "square", torch.zeros(digits, digits, dtype=double, device=device)
+        yield "variance", torch.ones((), device=device)
+        yield "start_perplexity", torch.ones(len(self.cardinalities), device=device)
 
     def codebook(self, level: int) -> Tensor:
         """``[K, d]`` of a codebook (0-based)."""

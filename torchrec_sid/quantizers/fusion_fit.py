@@ -14,7 +14,7 @@ from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
 from torchrec_sid.quantizers.dpca_fit import top_directions
 from torchrec_sid.quantizers.fusion_data import FusionData
 from torchrec_sid.quantizers.fusion_heads import info_nce, source_errors
-from torchrec_sid.quantizers.gradient_fit import FitOptions, Step, Trainee, train, trainable
+from torchrec_sid.quantizers.gradient_fit import FitOptions, Step, Trainee, all_tensors, train, trainable
 from torchrec_sid.quantizers.gradients import pass_gradient
 from torchrec_sid.quantizers.ranks import Ranks
 from torchrec_sid.quantizers.sample import StreamMoments, stream_moments
@@ -25,7 +25,7 @@ from torchrec_sid.seeding import derived_generator
 if TYPE_CHECKING:
     from torchrec_sid.quantizers.vq_fusion import VqFusion
 
-_MEASURED_ROWS = 8192
+_MEASURED_ROWS = 4096
 
 
 class FusionFit:
@@ -119,7 +119,7 @@ class FusionFit:
         depths = range(1, model.spec.levels + 1)
         z_hats = [model.bottleneck.decode(codes[:, :depth]) for depth in depths]
         model.heads.start(directions, z_hats, model.inputs.split(sample))
-        self._ranks.broadcast_(model.state_dict().values())
+        self._ranks.broadcast_(all_tensors(model).values())
 
     def _trainee(self, sample: Tensor) -> Trainee:
         model = self._model

@@ -20,7 +20,7 @@ from torchrec_sid.quantizers.usage import CollapseError, UsageMonitor, live_read
 
 _KIND = "gradient_fit"
 _VERSION = 1
-_MEASUREMENTS = 8
+_MEASUREMENTS = 5
 _READINGS = 40
 
 
@@ -251,7 +251,7 @@ class GradientFit:
         """Rank 0 writes; the state is the same everywhere, and so is the position."""
         if self._ranks.rank != 0:
             return
-        tensors = {f"model.{k}": v for k, v in self._trainee.module.state_dict().items()}
+        tensors = {f"model.{k}": v for k, v in all_tensors(self._trainee.module).items()}
         tensors |= {f"best.{k}": v for k, v in self._best.items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
@@ -275,14 +275,17 @@ class GradientFit:
                     f"{name} of the checkpoint is {saved.config[name]}, of this fit {value}",
                     "Continue with the same configuration, data and processes, or remove the file.",
                 )
-        self._trainee.module.load_state_dict(_part(saved.tensors, "model."))
+        with torch.no_grad():
+            state = _part(saved.tensors, "model.")
+            for name, tensor in all_tensors(self._trainee.module).items():
+                tensor.copy_(state[name])
         self._best = _part(saved.tensors, "best.")
-        state: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _part(saved.tensors, "adam.").items():
             index, field = name.split(".")
-            state.setdefault(int(index), {})[field] = tensor
+            moments.setdefault(int(index), {})[field] = tensor
         groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._step = int(saved.config["step"])
         self._batches.position = Position(*saved.config["position"])
         self._best_error = float(saved.config["best_error"])
@@ -291,6 +294,11 @@ class GradientFit:
 def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """All parameters of several modules."""
     return [parameter for module in modules for parameter in module.parameters()]
+
+
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those included that are not part of the fitted quantizer."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,7 +17,15 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
 from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
 from torchrec_sid.quantizers.dpca_fit import top_directions
-from torchrec_sid.quantizers.gradient_fit import FitOptions, Step, Trainee, TrainingConfig, train, trainable
+from torchrec_sid.quantizers.gradient_fit import (
+    FitOptions,
+    Step,
+    Trainee,
+    TrainingConfig,
+    all_tensors,
+    train,
+    trainable,
+)
 from torchrec_sid.quantizers.gradients import GradientName, pass_gradient
 from torchrec_sid.quantizers.interface import FitReport, Quantized, Quantizer
 from torchrec_sid.quantizers.networks import LinearPlusMlp
@@ -29,7 +37,7 @@ from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
 
 _WIDEST_LATENT = 512
-_MEASURED_ROWS = 8192
+_MEASURED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,12 @@ class RqVae(Quantizer):
         self.bottleneck = Bottleneck(latent, config.cardinalities, (), config, device=device)
 
     @property
+    def decoder_floats(self) -> int:
+        """Numbers that decoding needs: codebooks, decoder, mean and scale."""
+        codebooks = sum(self.bottleneck.sizes) * self.bottleneck.dim + self.bottleneck.dim
+        return codebooks + sum(p.numel() for p in self.decoder.parameters()) + self.dim + 1
+
+    @property
     def spec(self) -> SidSpec:
         """The shape of the SIDs it makes."""
         return SidSpec(self.config.cardinalities)
@@ -205,7 +219,7 @@ class RqVae(Quantizer):
         z = self.encoder(self._normalise(moments.sample))
         step = self.config.batch_size * ranks.size
         start_bottleneck(self.bottleneck, z, rows_per_step=step, seed=self.config.seed)
-        ranks.broadcast_(self.state_dict().values())
+        ranks.broadcast_(all_tensors(self).values())
 
     def _trainee(self, sample: Tensor) -> Trainee:
         return Trainee(

@@ -103,6 +103,14 @@ class VqFusion(Quantizer):
         return self.inputs.sources
 
     @property
+    def decoder_floats(self) -> int:
+        """Numbers that decoding needs: codebooks, digits, heads, means and scales."""
+        bottleneck = self.bottleneck
+        vectors = sum(bottleneck.sizes) + len(bottleneck.alphabets) + 1
+        heads = sum(p.numel() for p in self.heads.parameters())
+        return vectors * bottleneck.dim + heads + self.dim + len(self.sources)
+
+    @property
     def spec(self) -> SidSpec:
         """One level per codebook, then one per digit."""
         return SidSpec(self.bottleneck.cardinalities)
