@@ -23,7 +23,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.tables.catalog_map import Catalog
 from torchrec_sid.tables.combine import CombineBags, CombineEvents
 from torchrec_sid.tables.configs import SidEmbeddingBagConfig, SidEmbeddingConfig
-from torchrec_sid.tables.layout import make_catalog_maps, plan_layout
+from torchrec_sid.tables.layout import plan_layout
 from torchrec_sid.tables.transform import SidTransform
 
 Catalogs = Catalog | Mapping[str, Catalog] | None
@@ -72,22 +72,26 @@ class SidEmbeddingBagCollection(nn.Module):
         self.adapter = adapter
         _check_kinds(tables, (SidEmbeddingBagConfig, EmbeddingBagConfig))
         catalogs = _per_feature(tables, catalog)
-        layout = plan_layout(tables, catalogs, EmbeddingBagConfig)
+        layout = plan_layout(tables, catalogs, EmbeddingBagConfig, device)
         self._public = layout.public
         self._pooling_factors = layout.pooling_factors
-        maps = make_catalog_maps(layout, catalogs, device)
-        self.transform = SidTransform(layout.routes, layout.specs, maps, is_weighted)
-        self.ebc = EmbeddingBagCollection(layout.tables, is_weighted=is_weighted, device=device)
-        self.combine = None if layout.direct else CombineBags(layout.outputs, is_weighted)
+        self._weighted = is_weighted
+        self._device = device if device is not None else torch.device("cpu")
+        self.transform = SidTransform(layout.routes, layout.specs, layout.maps, is_weighted)
+        self.ebc = (
+            EmbeddingBagCollection(layout.tables, is_weighted=is_weighted, device=device)
+            if layout.tables
+            else None
+        )
+        self.combine = None if layout.direct else CombineBags(layout.outputs, layout.sides, is_weighted)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT of SIDs and ids -> KeyedTensor ``[B, sum of D]``, keys as the stock collection names them."""
         if self.adapter is not None:
             features = self.adapter(features)
-        pooled = self.ebc(self.transform(features))
-        if self.combine is not None:
-            pooled = self.combine(pooled, features)
-        return pooled
+        rows = self.transform(features)
+        pooled = self.ebc(rows) if self.ebc is not None else None
+        return pooled if self.combine is None else self.combine(pooled, rows, features)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """One per configured table, describing the output: features, dimension, rows of all its tables.
@@ -98,12 +102,12 @@ class SidEmbeddingBagCollection(nn.Module):
 
     def is_weighted(self) -> bool:
         """Whether the KJT carries weights."""
-        return self.ebc.is_weighted()
+        return self._weighted
 
     @property
     def device(self) -> torch.device:
         """Where the tables live."""
-        return self.ebc.device
+        return self._device
 
     def pooling_factors(self, items_per_bag: Mapping[str, float] | None = None) -> dict[str, list[float]]:
         """Rows that one example reads: physical table -> one figure per feature of it.
@@ -113,7 +117,8 @@ class SidEmbeddingBagCollection(nn.Module):
         Args:
             items_per_bag: feature -> mean items per bag, from the data; 1 where it is missing.
         """
-        return _pooling_factors(self.ebc.embedding_bag_configs(), self._pooling_factors, items_per_bag)
+        configs = self.ebc.embedding_bag_configs() if self.ebc is not None else []
+        return _pooling_factors(configs, self._pooling_factors, items_per_bag)
 
 
 class SidEmbeddingCollection(nn.Module):
@@ -142,7 +147,7 @@ class SidEmbeddingCollection(nn.Module):
         self.adapter = adapter
         _check_kinds(tables, (SidEmbeddingConfig, EmbeddingConfig))
         catalogs = _per_feature(tables, catalog)
-        layout = plan_layout(tables, catalogs, EmbeddingConfig)
+        layout = plan_layout(tables, catalogs, EmbeddingConfig, device)
         dims = {table.embedding_dim for table in layout.tables}
         if len(dims) > 1:
             raise SidError(
@@ -150,7 +155,6 @@ class SidEmbeddingCollection(nn.Module):
                 f"tables of {sorted(dims)}",
                 "TorchRec's EmbeddingCollection takes one dimension: use one collection for each.",
             )
-        (dim,) = dims
         combine = not layout.direct or any(p.per_item != 1 for out in layout.outputs for p in out.parts)
         if need_indices and combine:
             raise SidError(
@@ -161,19 +165,25 @@ class SidEmbeddingCollection(nn.Module):
         self._public = layout.public
         self._pooling_factors = layout.pooling_factors
         self._names_by_table = get_embedding_names_by_table(layout.public)
-        maps = make_catalog_maps(layout, catalogs, device)
-        self.transform = SidTransform(layout.routes, layout.specs, maps)
-        self.ec = EmbeddingCollection(layout.tables, device=device, need_indices=need_indices)
-        self.combine = CombineEvents(layout.outputs, dim) if combine else None
+        self._need_indices = need_indices
+        self._device = device if device is not None else torch.device("cpu")
+        self.transform = SidTransform(layout.routes, layout.specs, layout.maps)
+        self.ec = (
+            EmbeddingCollection(layout.tables, device=device, need_indices=need_indices)
+            if layout.tables
+            else None
+        )
+        self.combine = CombineEvents(layout.outputs, layout.sides) if combine else None
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """KJT of SIDs and ids -> feature -> JaggedTensor ``[events, D]`` with the lengths of the input."""
         if self.adapter is not None:
             features = self.adapter(features)
-        rows = self.ec(self.transform(features))
+        rows = self.transform(features)
+        looked_up = self.ec(rows) if self.ec is not None else None
         if self.combine is not None:
-            rows = self.combine(rows)
-        return rows
+            looked_up = self.combine(looked_up, rows, features)
+        return looked_up  # type: ignore[return-value]
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """One per configured table, describing the output.
@@ -184,7 +194,7 @@ class SidEmbeddingCollection(nn.Module):
 
     def need_indices(self) -> bool:
         """Whether the looked-up rows are returned as weights."""
-        return self.ec.need_indices()
+        return self._need_indices
 
     def embedding_dim(self) -> int:
         """D of the output (of the widest, where schemes are concatenated)."""
@@ -197,11 +207,12 @@ class SidEmbeddingCollection(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the tables live."""
-        return self.ec.device
+        return self._device
 
     def pooling_factors(self, items_per_bag: Mapping[str, float] | None = None) -> dict[str, list[float]]:
         """As :meth:`SidEmbeddingBagCollection.pooling_factors`, with events for items."""
-        return _pooling_factors(self.ec.embedding_configs(), self._pooling_factors, items_per_bag)
+        configs = self.ec.embedding_configs() if self.ec is not None else []
+        return _pooling_factors(configs, self._pooling_factors, items_per_bag)
 
 
 def _per_feature(

@@ -18,7 +18,8 @@ def rows_of(scheme, spec, codes):
     """Rows ``[n, P]`` of each slot."""
     packed = spec.pack(torch.tensor(codes))
     return [
-        LevelIndexer(slot, spec)(packed, packed, None).view(len(codes), -1) for slot in scheme.slots(spec)
+        LevelIndexer(slot, spec)(packed, packed, None).rows.view(len(codes), -1)
+        for slot in scheme.slots(spec)
     ]
 
 
@@ -131,7 +132,7 @@ def test_hashed_id_uses_rows_seed_and_value():
 
     def rows(scheme, unknown=None):
         (slot,) = scheme.slots(spec)
-        return IdIndexer(slot, raw_ids=unknown is None)(ids, ids, unknown)
+        return IdIndexer(slot, raw_ids=unknown is None)(ids, ids, unknown).rows
 
     expected = [hashed(int(i), splitmix(5), 99) for i in ids]
     assert rows(HashedId(100, seed=5)).tolist() == expected

@@ -3,7 +3,17 @@
 from torchrec_sid.tables.adapters import CatalogLookup, PackFeatures, PackValues
 from torchrec_sid.tables.catalog_map import UNKNOWN, CatalogMap
 from torchrec_sid.tables.configs import SidEmbeddingBagConfig, SidEmbeddingConfig
-from torchrec_sid.tables.schemes import HashedId, HashedPrefix, NGramGroups, PerLevel, Scheme
+from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces, train_pieces
+from torchrec_sid.tables.schemes import (
+    HashedId,
+    HashedPrefix,
+    NGramGroups,
+    PerLevel,
+    Scheme,
+    SentencePiece,
+)
+from torchrec_sid.tables.side import Side
+from torchrec_sid.tables.tokenizer import SidTokenizer, Tokens
 from torchrec_sid.tables.transform import SidTransform
 
 __all__ = [
@@ -16,7 +26,14 @@ __all__ = [
     "PackFeatures",
     "PackValues",
     "PerLevel",
+    "PieceTrainerConfig",
     "Scheme",
+    "SentencePiece",
+    "Side",
+    "SidPieces",
+    "SidTokenizer",
+    "Tokens",
+    "train_pieces",
     "SidEmbeddingBagConfig",
     "SidEmbeddingConfig",
     "SidTransform",

@@ -51,10 +51,13 @@ class CatalogMap(nn.Module):
         self._first: int = int(ids[0]) if len(ids) else 0
         span = int(ids[-1]) - self._first + 1 if len(ids) else 1
         self._direct: bool = span <= 4 * max(1, len(ids))
+        # The last entry is UNKNOWN: whatever the catalog does not hold reads it.
         if self._direct:
             table = torch.full((span + 1,), UNKNOWN, dtype=torch.int64)
             table[ids - self._first] = packed
             ids, packed = ids.new_zeros(0), table
+        else:
+            packed = torch.cat([packed, packed.new_full((1,), UNKNOWN)])
         self._span: int = span
         self.register_buffer("ids", ids.to(device), persistent=False)
         self.register_buffer("packed", packed.to(device), persistent=False)
@@ -64,16 +67,20 @@ class CatalogMap(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         """Raw ids ``[n]`` int64 -> packed SIDs ``[n]`` int64, without host synchronisation."""
-        if self._direct:
-            place = raw - self._first
-            # The last entry of the table is UNKNOWN: whatever is outside reads it.
-            outside = (place < 0).logical_or_(place >= self._span)
-            packed = self.packed[place.masked_fill_(outside, self._span)]
-        else:
-            place = torch.searchsorted(self.ids, raw).clamp_(max=self.ids.numel() - 1)
-            packed = self.packed[place].masked_fill_(self.ids[place] != raw, UNKNOWN)
+        packed = self.packed.index_select(0, self.place(raw))
         self.unknown_count += (packed < 0).sum()
         return packed
+
+    def place(self, raw: Tensor) -> Tensor:
+        """Raw ids ``[n]`` int64 -> where each one's SID is in ``packed``, ``[n]`` int64."""
+        last = self.packed.numel() - 1
+        if self._direct:
+            place = raw - self._first
+            outside = (place < 0).logical_or_(place >= self._span)
+            return place.masked_fill_(outside, last)
+        place = torch.searchsorted(self.ids, raw)
+        found = self.ids.index_select(0, place.clamp(max=last - 1)) == raw
+        return place.masked_fill_(~found, last)
 
 
 def _real(device: torch.device | str | None) -> torch.device:

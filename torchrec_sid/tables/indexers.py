@@ -1,17 +1,31 @@
 """Indexers: modules without parameters that turn the packed SIDs of a feature into rows of a table.
 
-All take ``(packed, raw, unknown)`` and return rows, so that a transform can hold a list of them; their
-attributes are plain integers and lists, so that they script.
+All take ``(packed, raw, unknown)`` and return rows, and how many each item has where that varies, so that a
+transform can hold a list of them; their attributes are plain integers and lists, so that they script.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.tables.catalog_map import CatalogMap
 from torchrec_sid.tables.hashing import hash_rows_
-from torchrec_sid.tables.schemes import Column, Slot
+from torchrec_sid.tables.pieces import SidPieces
+from torchrec_sid.tables.slots import Column, Slot
+from torchrec_sid.tables.tokenizer import SidTokenizer, Tokens
+
+
+class Rows(NamedTuple):
+    """What an indexer returns."""
+
+    rows: Tensor
+    """``[m]`` int64, item by item."""
+    counts: Tensor | None
+    """``[n]`` int64: rows of each item; None where all have the same number."""
 
 
 class LevelIndexer(nn.Module):
@@ -30,7 +44,7 @@ class LevelIndexer(nn.Module):
         self._masks: list[list[int]] = [[_mask(spec, *run) for run in r] for r in runs]
         self._sizes: list[list[int]] = [[_size(spec, *run) for run in r] for r in runs]
 
-    def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> Tensor:
+    def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> Rows:
         """Packed SIDs ``[n]`` int64 -> rows ``[n * per_item]`` int64, item-major and contiguous.
 
         Args:
@@ -51,7 +65,7 @@ class LevelIndexer(nn.Module):
             if unknown is not None:
                 column = column.masked_fill_(unknown, self._unknown_row)
             columns.append(column)
-        return columns[0] if len(columns) == 1 else torch.stack(columns, dim=1).view(-1)
+        return Rows(columns[0] if len(columns) == 1 else torch.stack(columns, dim=1).view(-1), None)
 
 
 class IdIndexer(nn.Module):
@@ -65,7 +79,7 @@ class IdIndexer(nn.Module):
         self._salt: int = column.salt
         self._raw_ids = raw_ids
 
-    def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> Tensor:
+    def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> Rows:
         """``raw`` ``[n]`` int64 -> rows ``[n]`` int64.
 
         A raw id has a row of its own whether or not the catalog knows it; a packed -1 has the last one.
@@ -73,7 +87,7 @@ class IdIndexer(nn.Module):
         rows = hash_rows_(raw.clone(), self._salt, self._rows)
         if unknown is not None and not self._raw_ids:
             rows = rows.masked_fill_(unknown, self._rows)
-        return rows
+        return Rows(rows, None)
 
 
 class PassThrough(nn.Module):
@@ -84,12 +98,50 @@ class PassThrough(nn.Module):
         self.per_item: int = 1
         self._packed = packed
 
-    def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> Tensor:
+    def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> Rows:
         """``[n]`` -> ``[n]``, not copied."""
-        return packed if self._packed else raw
+        return Rows(packed if self._packed else raw, None)
 
 
-Indexer = LevelIndexer | IdIndexer | PassThrough
+class PieceIndexer(nn.Module):
+    """One row per piece: cut from each batch, or read from a buffer with those of every catalog item."""
+
+    table: Tensor
+    counts: Tensor
+
+    def __init__(
+        self, pieces: SidPieces, catalog: CatalogMap | None, device: torch.device | str | None
+    ) -> None:
+        super().__init__()
+        self.per_item: int = 0
+        self._unknown_row: int = len(pieces)
+        self.tokenizer = SidTokenizer(pieces, device)
+        self.catalog = catalog
+        if catalog is not None:
+            tokens = self._cut(catalog.packed, catalog.packed < 0)
+            self.register_buffer("table", tokens.ids.contiguous(), persistent=False)
+            self.register_buffer("counts", tokens.counts, persistent=False)
+
+    def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> Rows:
+        """Packed SIDs ``[n]`` int64 -> rows ``[sum of counts]`` and counts ``[n]``, int64."""
+        if self.catalog is not None:
+            place = self.catalog.place(raw)
+            tokens = Tokens(self.table.index_select(0, place), self.counts.index_select(0, place))
+        else:
+            tokens = self._cut(packed, unknown)
+        return Rows(tokens.flat(), tokens.counts)
+
+    def _cut(self, packed: Tensor, unknown: Tensor | None) -> Tokens:
+        if unknown is None:
+            tokens: Tokens = self.tokenizer(packed)
+            return tokens
+        tokens = self.tokenizer(packed.clamp(min=0))
+        ids = tokens.ids.masked_fill(unknown.unsqueeze(1), -1)
+        ids[:, 0].masked_fill_(unknown, self._unknown_row)
+        return Tokens(ids, tokens.counts.masked_fill(unknown, 1))
+
+
+Indexer = LevelIndexer | IdIndexer | PieceIndexer | PassThrough
 """Every indexer."""
 
 

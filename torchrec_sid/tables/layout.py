@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.catalog_map import Catalog, CatalogMap
 from torchrec_sid.tables.configs import SidEmbeddingConfig
-from torchrec_sid.tables.indexers import IdIndexer, Indexer, LevelIndexer, PassThrough
-from torchrec_sid.tables.schemes import Slot
+from torchrec_sid.tables.indexers import IdIndexer, Indexer, LevelIndexer, PassThrough, PieceIndexer
+from torchrec_sid.tables.layout_checks import (
+    TableConfig,
+    check_catalogs,
+    check_raw_tables,
+    features_of,
+    output_dim,
+    resolve_spec,
+)
+from torchrec_sid.tables.schemes import HashedId, SentencePiece, TableScheme
+from torchrec_sid.tables.side import Side, SideVectors
+from torchrec_sid.tables.slots import Slot
 from torchrec_sid.tables.transform import Route
-
-TableConfig: TypeAlias = EmbeddingConfig | SidEmbeddingConfig
-"""A table of raw ids (TorchRec's own configuration) or of SIDs."""
 
 
 class Part(NamedTuple):
@@ -29,6 +37,10 @@ class Part(NamedTuple):
     """Rows per item; 0 where it varies."""
     group: int
     """Parts of one group (one scheme) are summed."""
+    counts_key: str = ""
+    """Key with the rows of each item, where they vary."""
+    side: str = ""
+    """Name of the :class:`~torchrec_sid.tables.side.SideVectors` that makes it without a table."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,12 @@ class Layout:
     outputs: list[Output] = field(default_factory=list)
     specs: dict[str, SidSpec] = field(default_factory=dict)
     """Feature -> shape of its SIDs."""
+    maps: dict[str, CatalogMap] = field(default_factory=dict)
+    """Feature -> its catalog on the device; features that share a catalog share the map."""
     public: list[TableConfig] = field(default_factory=list)
     """One configuration per configured table, describing the result: what consumers size themselves by."""
+    sides: dict[str, SideVectors] = field(default_factory=dict)
+    """Table name -> parameter-free features of that table's configuration."""
     pooling_factors: dict[str, float] = field(default_factory=dict)
     """Physical table -> rows per item."""
 
@@ -64,7 +80,8 @@ class Layout:
     def direct(self) -> bool:
         """Whether the stock collection's result is already the result."""
         return all(
-            len(out.parts) == 1 and out.parts[0].key == out.name and not out.mean for out in self.outputs
+            len(out.parts) == 1 and out.parts[0].key == out.name and not out.parts[0].side and not out.mean
+            for out in self.outputs
         )
 
 
@@ -72,13 +89,15 @@ def plan_layout(
     tables: Sequence[TableConfig],
     catalogs: Mapping[str, Catalog],
     physical: type[EmbeddingConfig] | type[EmbeddingBagConfig],
+    device: torch.device | None,
 ) -> Layout:
-    """Resolve configurations into a :class:`Layout`.
+    """Resolve configurations into a :class:`Layout`, and build the modules without parameters.
 
     Args:
         tables: configurations as the user gave them.
         catalogs: feature -> catalog, for the features that carry raw ids.
         physical: configuration class of the stock collection.
+        device: of the tables; buffers are on it unless it is meta.
 
     Raises:
         SidError: duplicate table names, a feature with two specs, a catalog whose spec is another, a
@@ -88,95 +107,123 @@ def plan_layout(
         raise SidError("tables", "none", "Give at least one table.")
     layout = Layout()
     shared = _shared_features(tables)
-    _check_catalogs(tables, catalogs)
+    check_catalogs(tables, catalogs)
+    layout.maps = _make_maps(catalogs, device)
     for table in tables:
         if isinstance(table, SidEmbeddingConfig):
-            _place_sid_table(layout, table, catalogs, shared, physical)
+            spec = resolve_spec(layout.specs, table, catalogs)
+            _place_sid_table(layout, table, spec, shared, physical, device)
         else:
-            _place_raw_table(layout, table, catalogs, shared)
+            _place_raw_table(layout, table, shared)
     names = [table.name for table in layout.tables]
     for name in names:
         if names.count(name) > 1:
             raise SidError(f"table {name!r}", "the name is used twice", "Give every table its own name.")
-    _check_raw_tables(tables, layout.specs, catalogs)
+    check_raw_tables(tables, layout.specs, catalogs)
     return layout
 
 
-def make_catalog_maps(
-    layout: Layout, catalogs: Mapping[str, Catalog], device: object
-) -> dict[str, CatalogMap]:
-    """One map per catalog, shared by the features that use it."""
+def _make_maps(catalogs: Mapping[str, Catalog], device: torch.device | None) -> dict[str, CatalogMap]:
     maps: dict[int, CatalogMap] = {}
-    result = {}
-    for feature in layout.specs:
-        catalog = catalogs.get(feature)
-        if catalog is not None:
-            if id(catalog) not in maps:
-                maps[id(catalog)] = CatalogMap(catalog, device)  # type: ignore[arg-type]
-            result[feature] = maps[id(catalog)]
-    return result
+    for catalog in catalogs.values():
+        if id(catalog) not in maps:
+            maps[id(catalog)] = CatalogMap(catalog, device)
+    return {feature: maps[id(catalog)] for feature, catalog in catalogs.items()}
 
 
 def _place_sid_table(
     layout: Layout,
     table: SidEmbeddingConfig,
-    catalogs: Mapping[str, Catalog],
+    spec: SidSpec,
     shared: set[str],
-    physical: type[EmbeddingConfig],
+    physical: type[EmbeddingConfig] | type[EmbeddingBagConfig],
+    device: torch.device | None,
 ) -> None:
-    spec = _resolve_spec(layout, table, catalogs)
-    slots = [
-        (group, name, slot)
-        for group, scheme in enumerate(table.schemes)
-        for name, slot in _names(table, group, scheme.slots(spec))
-    ]
-    pooling = getattr(table, "pooling", PoolingType.SUM)
-    parts: dict[str, list[Part]] = {feature: [] for feature in _features(table)}
-    for group, name, slot in slots:
-        keys = []
-        for feature in _features(table):
-            key = feature if len(slots) == 1 and feature not in shared else f"{feature}:{name}"
-            indexer = _indexer(slot, spec, feature in catalogs)
-            layout.routes.append(Route(feature, key, indexer))
-            parts[feature].append(Part(key, len(slot.columns), group))
-            keys.append(key)
-        layout.tables.append(
-            physical(
-                name=name,
-                embedding_dim=table.embedding_dim,
-                num_embeddings=slot.rows,
-                feature_names=keys,
-                data_type=table.data_type,
-                init_fn=table.init_fn,
+    features = features_of(table)
+    parts: dict[str, list[Part]] = {feature: [] for feature in features}
+    alone = sum(len(s.slots(spec)) for s in table.schemes if not isinstance(s, Side)) == 1
+    alone = alone and len(table.schemes) == 1
+    rows, dims = 0, []
+    for group, scheme in enumerate(table.schemes):
+        if isinstance(scheme, Side):
+            dims.append(_add_side(layout, table, scheme, spec, parts, group, device))
+            continue
+        dims.append(table.embedding_dim)
+        for slot in scheme.slots(spec):
+            name = _physical_name(table, scheme, slot)
+            keys = []
+            for feature in features:
+                key = feature if alone and feature not in shared else f"{feature}:{name}"
+                indexer = _indexer(scheme, slot, spec, layout.maps.get(feature), device)
+                counts_key = f"{key}#" if indexer.per_item == 0 and physical is EmbeddingConfig else ""
+                layout.routes.append(Route(feature, key, indexer, counts_key))
+                parts[feature].append(Part(key, indexer.per_item, group, counts_key))
+                keys.append(key)
+            layout.tables.append(
+                physical(
+                    name=name,
+                    embedding_dim=table.embedding_dim,
+                    num_embeddings=slot.rows,
+                    feature_names=keys,
+                    data_type=table.data_type,
+                    init_fn=table.init_fn,
+                )
             )
-        )
-        layout.pooling_factors[name] = float(len(slot.columns))
-    dim = table.embedding_dim * (len(table.schemes) if table.combine == "concat" else 1)
-    options = {"pooling": pooling} if physical is EmbeddingBagConfig else {}
+            layout.pooling_factors[name] = slot.rows_per_item
+            rows += slot.rows
+    _add_outputs(layout, table, parts, shared, output_dim(table, dims), rows, physical)
+
+
+def _add_outputs(
+    layout: Layout,
+    table: SidEmbeddingConfig,
+    parts: Mapping[str, Sequence[Part]],
+    shared: set[str],
+    dim: int,
+    rows: int,
+    physical: type[EmbeddingConfig] | type[EmbeddingBagConfig],
+) -> None:
+    pooling = getattr(table, "pooling", PoolingType.SUM)
     layout.public.append(
         physical(
             name=table.name,
             embedding_dim=dim,
-            num_embeddings=sum(slot.rows for _, _, slot in slots),
-            feature_names=list(_features(table)),
+            num_embeddings=rows,
+            feature_names=features_of(table),
             data_type=table.data_type,
-            **options,
+            **({"pooling": pooling} if physical is EmbeddingBagConfig else {}),
         )
     )
-    for feature in _features(table):
+    mean, concat = pooling is PoolingType.MEAN, table.combine == "concat"
+    for feature in features_of(table):
         name = f"{feature}@{table.name}" if feature in shared else feature
-        mean = pooling is PoolingType.MEAN
-        concat = table.combine == "concat"
         layout.outputs.append(Output(name, feature, table.name, dim, mean, concat, tuple(parts[feature])))
 
 
-def _place_raw_table(
-    layout: Layout, table: EmbeddingConfig, catalogs: Mapping[str, Catalog], shared: set[str]
-) -> None:
-    features = list(table.feature_names) or [table.name]
+def _add_side(
+    layout: Layout,
+    table: SidEmbeddingConfig,
+    side: Side,
+    spec: SidSpec,
+    parts: Mapping[str, list[Part]],
+    group: int,
+    device: torch.device | None,
+) -> int:
+    """Route the packed SIDs of the table's features past the look-up; returns the dimension."""
+    known = [layout.maps[feature].packed for feature in parts if feature in layout.maps]
+    vectors = SideVectors(side, spec, table.embedding_dim, known[0] if known else None, device)
+    layout.sides[table.name] = vectors
+    for feature, own in parts.items():
+        key = f"{feature}:{table.name}_{side.label}"
+        layout.routes.append(Route(feature, key, PassThrough(packed=True)))
+        own.append(Part(key, 1, group, side=table.name))
+    return vectors.dim
+
+
+def _place_raw_table(layout: Layout, table: EmbeddingConfig, shared: set[str]) -> None:
+    features = features_of(table)
     keys = [f"{name}:{table.name}" if name in shared else name for name in features]
-    inner = replace(table, feature_names=keys)
-    layout.tables.append(inner)
+    layout.tables.append(replace(table, feature_names=keys))
     layout.public.append(replace(table, feature_names=features))
     layout.pooling_factors[table.name] = 1.0
     for feature, key in zip(features, keys, strict=True):
@@ -186,80 +233,29 @@ def _place_raw_table(
         layout.outputs.append(Output(name, feature, table.name, table.embedding_dim, False, False, (part,)))
 
 
-def _names(table: SidEmbeddingConfig, group: int, slots: Sequence[Slot]) -> list[tuple[str, Slot]]:
-    """Physical table names: the configured one, then the scheme where there are several, then the slot."""
-    stem = table.name if len(table.schemes) == 1 else f"{table.name}_{table.schemes[group].label}"
-    return [(f"{stem}_{slot.suffix}" if slot.suffix else stem, slot) for slot in slots]
+def _physical_name(table: SidEmbeddingConfig, scheme: TableScheme, slot: Slot) -> str:
+    """The configured name, then the scheme where there are several, then the slot."""
+    stem = table.name if len(table.schemes) == 1 else f"{table.name}_{scheme.label}"
+    return f"{stem}_{slot.suffix}" if slot.suffix else stem
 
 
-def _indexer(slot: Slot, spec: SidSpec, raw_ids: bool) -> Indexer:
-    return IdIndexer(slot, raw_ids=raw_ids) if slot.raw else LevelIndexer(slot, spec)
-
-
-def _features(table: TableConfig) -> list[str]:
-    return list(table.feature_names or [table.name])
+def _indexer(
+    scheme: TableScheme, slot: Slot, spec: SidSpec, catalog: CatalogMap | None, device: torch.device | None
+) -> Indexer:
+    if isinstance(scheme, HashedId):
+        return IdIndexer(slot, raw_ids=catalog is not None)
+    if isinstance(scheme, SentencePiece):
+        if scheme.precompute and catalog is None:
+            raise SidError(
+                "SentencePiece",
+                "precompute=True for a feature without a catalog",
+                "Give the collection one.",
+            )
+        return PieceIndexer(scheme.pieces, catalog if scheme.precompute else None, device)
+    return LevelIndexer(slot, spec)
 
 
 def _shared_features(tables: Sequence[TableConfig]) -> set[str]:
     """Features of more than one table: TorchRec names their outputs ``feature@table``."""
-    names = [feature for table in tables for feature in _features(table)]
+    names = [feature for table in tables for feature in features_of(table)]
     return {name for name in names if names.count(name) > 1}
-
-
-def _check_raw_tables(
-    tables: Sequence[TableConfig], specs: Mapping[str, SidSpec], catalogs: Mapping[str, Catalog]
-) -> None:
-    for table in tables:
-        if isinstance(table, SidEmbeddingConfig):
-            continue
-        for feature in _features(table):
-            if feature in specs and feature not in catalogs:
-                raise SidError(
-                    f"feature {feature!r}",
-                    f"carries SIDs, but table {table.name!r} takes raw ids",
-                    "Give the collection a catalog for it, or use HashedId for a table of whole SIDs.",
-                )
-
-
-def _check_catalogs(tables: Sequence[TableConfig], catalogs: Mapping[str, Catalog]) -> None:
-    sid = [f for t in tables if isinstance(t, SidEmbeddingConfig) for f in _features(t)]
-    for feature in catalogs:
-        if feature not in sid:
-            raise SidError(
-                f"catalog of feature {feature!r}",
-                "no table of SIDs has that feature",
-                f"Features of SID tables are {sorted(set(sid))}.",
-            )
-
-
-def _resolve_spec(layout: Layout, table: SidEmbeddingConfig, catalogs: Mapping[str, Catalog]) -> SidSpec:
-    """The one spec of a table and all its features."""
-    found = table.spec
-    for feature in _features(table):
-        catalog = catalogs.get(feature)
-        if catalog is not None:
-            if found is not None and catalog.spec != found:
-                raise SidError(
-                    f"table {table.name!r}, feature {feature!r}",
-                    f"the catalog holds SIDs of {catalog.spec.cardinalities}, "
-                    f"the table is for {found.cardinalities}",
-                    "Use the catalog that this spec belongs to, or leave spec=None to take the catalog's.",
-                )
-            found = catalog.spec
-    if found is None:
-        raise SidError(f"table {table.name!r}", "no spec", "Give spec=SidSpec(...), or a catalog.")
-    if not found.fits_int64:
-        raise SidError(
-            f"table {table.name!r}",
-            f"a SID of {found.bits} bits",
-            "Tables take SIDs that pack into 63 bits: truncate it.",
-        )
-    for feature in _features(table):
-        other = layout.specs.setdefault(feature, found)
-        if other != found:
-            raise SidError(
-                f"feature {feature!r}",
-                f"has SIDs of {other.cardinalities} in one table and of {found.cardinalities} in another",
-                "A feature carries one kind of SID: use one spec.",
-            )
-    return found

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchrec_sid.artifact import fingerprint, load_artifact, save_artifact
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.tables.model_proto import without_string
 
 KIND = "sid_pieces"
 _VERSION = 1
@@ -166,22 +167,21 @@ def train_pieces(
     longest = config.max_piece_levels or spec.levels
     lines = _weighted_lines(spec, packed, counts, config.all_symbols)
     proto = io.BytesIO()
-    seeds: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
+        seeds = Path(folder) / "seeds.tsv"
         if config.model == "unigram":
-            seeds["seed_sentencepieces_file"] = str(Path(folder) / "seeds.tsv")
-            Path(seeds["seed_sentencepieces_file"]).write_text(_seeds(spec, packed, counts, longest))
-        _run_trainer(lines, proto, config, longest, seeds)
+            seeds.write_text(_seeds(spec, packed, counts, longest))
+        _run_trainer(lines, proto, config, longest, str(seeds) if config.model == "unigram" else "")
     from torchrec_sid.tables.tokenizer import SidTokenizer  # it is built on this module
 
-    pieces = _read_pieces(spec, config, proto.getvalue())
+    pieces = _read_pieces(spec, config, without_string(proto.getvalue(), str(seeds)))
     cut = SidTokenizer(pieces)(packed).counts
     pieces.pieces_per_item = float((cut * counts).sum() / counts.sum())
     return pieces
 
 
 def _run_trainer(
-    lines: Iterator[str], proto: io.BytesIO, config: PieceTrainerConfig, longest: int, seeds: dict[str, str]
+    lines: Iterator[str], proto: io.BytesIO, config: PieceTrainerConfig, longest: int, seeds: str
 ) -> None:
     from sentencepiece import SentencePieceTrainer
 
@@ -207,7 +207,7 @@ def _run_trainer(
             pad_id=-1,
             num_threads=1,
             minloglevel=2,
-            **seeds,  # type: ignore[arg-type]
+            seed_sentencepieces_file=seeds,
         )
     except RuntimeError as error:
         raise SidError(

@@ -16,50 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, TypeAlias
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.hashing import splitmix64
-
-MAX_ROWS = 2**31 - 1
-"""Most rows that one table can have: what the hash can address exactly."""
-
-
-class Column(NamedTuple):
-    """One row per item: the levels ``start .. stop - 1`` of its SID, as a row of a table."""
-
-    start: int
-    """First level, from 0."""
-    stop: int
-    """One past the last level."""
-    base: int
-    """First row of the range this column picks from."""
-    rows: int
-    """Rows in that range."""
-    salt: int
-    """Salt of the hash; unused where ``exact``."""
-    exact: bool
-    """Whether every combination has a row of its own."""
-
-
-class Slot(NamedTuple):
-    """One physical table and the columns that address it."""
-
-    suffix: str
-    """What tells this table from its siblings of the same feature; empty for an only child."""
-    rows: int
-    """Rows of the table, the unknown item's included."""
-    columns: tuple[Column, ...]
-    """Columns, one look-up per item each."""
-    raw: bool = False
-    """Whether it hashes the value as it came in (the raw id where there is a catalog)."""
-
-    @property
-    def exact_rows(self) -> int:
-        """Rows addressed without collision."""
-        return sum(column.rows for column in self.columns if column.exact)
+from torchrec_sid.tables.pieces import SidPieces
+from torchrec_sid.tables.side import Side
+from torchrec_sid.tables.slots import MAX_ROWS, Column, Slot, place
 
 
 @dataclass(frozen=True)
@@ -105,7 +69,7 @@ class HashedPrefix:
                 f"This SID has {spec.levels} levels: use at most that.",
             )
         ranges = [(0, stop) for stop in range(1, self.depth + 1)]
-        return _place(ranges, spec, self.num_embeddings, self.separate, self.seed, "depth")
+        return place(ranges, spec, self.num_embeddings, self.separate, self.seed, "depth")
 
 
 @dataclass(frozen=True)
@@ -132,7 +96,7 @@ class PerLevel:
     def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
         """The tables and columns for SIDs of this shape."""
         depth = _depth_of("PerLevel", self.depth, spec)
-        return _place([(i, i + 1) for i in range(depth)], spec, None, self.separate, 0, "level")
+        return place([(i, i + 1) for i in range(depth)], spec, None, self.separate, 0, "level")
 
 
 @dataclass(frozen=True)
@@ -173,7 +137,7 @@ class NGramGroups:
         """The tables and columns for SIDs of this shape."""
         depth = _depth_of("NGramGroups", self.depth, spec)
         ranges = list(self._groups(depth))
-        return _place(ranges, spec, self.num_embeddings, self.separate, self.seed, "group")
+        return place(ranges, spec, self.num_embeddings, self.separate, self.seed, "group")
 
     def _groups(self, depth: int) -> Iterator[tuple[int, int]]:
         for start in range(0, depth, self.stride or self.n):
@@ -206,57 +170,43 @@ class HashedId:
         """The one table and its one column."""
         usable = self.num_embeddings - 1
         column = Column(0, spec.levels, 0, usable, splitmix64(self.seed), exact=False)
-        return (Slot("", self.num_embeddings, (column,), raw=True),)
+        return (Slot("", self.num_embeddings, (column,), 1.0),)
 
 
-Scheme = HashedPrefix | PerLevel | NGramGroups | HashedId
+@dataclass(frozen=True)
+class SentencePiece:
+    """One row per piece of a SentencePiece model over SIDs (arXiv 2306.08121); their number varies.
+
+    Args:
+        pieces: the vocabulary, from :func:`~torchrec_sid.tables.pieces.train_pieces` or
+            ``SidPieces.load(path)``.
+        precompute: keep the pieces of every item of the catalog in a buffer, ``4 L`` bytes an item, instead
+            of cutting each batch; for features with a catalog.
+    """
+
+    pieces: SidPieces
+    precompute: bool = False
+    label: ClassVar[str] = "piece"
+
+    def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
+        """The one table: a row per piece, and one for the unknown item.
+
+        Raises:
+            SidError: the vocabulary was trained on SIDs of another shape.
+        """
+        if spec != self.pieces.spec:
+            raise SidError(
+                "SentencePiece",
+                f"pieces of SIDs of {self.pieces.spec.cardinalities} for SIDs of {spec.cardinalities}",
+                "Train the pieces on the SIDs of this catalog.",
+            )
+        return (Slot("", len(self.pieces) + 1, (), self.pieces.pieces_per_item),)
+
+
+TableScheme: TypeAlias = HashedPrefix | PerLevel | NGramGroups | HashedId | SentencePiece
 """Every scheme that addresses learned tables."""
-
-
-def _place(
-    ranges: list[tuple[int, int]],
-    spec: SidSpec,
-    num_embeddings: int | None,
-    separate: bool,
-    seed: int,
-    word: str,
-) -> tuple[Slot, ...]:
-    """Lay ranges of levels out in one shared table, or in one table each."""
-    if not separate or len(ranges) == 1:
-        return (_fill("", ranges, spec, num_embeddings, seed, 0),)
-    return tuple(
-        _fill(f"{word}{i + 1}", [levels], spec, num_embeddings, seed, i) for i, levels in enumerate(ranges)
-    )
-
-
-def _fill(
-    suffix: str,
-    ranges: list[tuple[int, int]],
-    spec: SidSpec,
-    num_embeddings: int | None,
-    seed: int,
-    first: int,
-) -> Slot:
-    sizes = [prod(spec.cardinalities[start:stop]) for start, stop in ranges]
-    needed = sum(sizes) + 1
-    if num_embeddings is None and needed > MAX_ROWS:
-        raise SidError(
-            "num_embeddings", f"{needed} rows for every combination", "Give num_embeddings, to hash them."
-        )
-    if num_embeddings is None or needed <= num_embeddings:
-        exact, rows = len(ranges), needed
-    else:
-        rows = num_embeddings
-        exact = sum(1 for i in range(len(sizes)) if 2 * sum(sizes[: i + 1]) <= rows)
-    base = sum(sizes[:exact])
-    columns = []
-    for i, (start, stop) in enumerate(ranges):
-        salt = splitmix64(splitmix64(seed) + first + i)
-        if i < exact:
-            columns.append(Column(start, stop, sum(sizes[:i]), sizes[i], salt, exact=True))
-        else:
-            columns.append(Column(start, stop, base, rows - 1 - base, salt, exact=False))
-    return Slot(suffix, rows, tuple(columns))
+Scheme: TypeAlias = TableScheme | Side
+"""Every way to embed a SID."""
 
 
 def _depth_of(scheme: str, depth: int | None, spec: SidSpec) -> int:

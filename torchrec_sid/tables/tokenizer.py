@@ -70,12 +70,6 @@ class SidTokenizer(nn.Module):
             place = torch.device("cpu")
         known = pieces.scores[1:]
         lowest = known.min() if len(known) else torch.zeros(())
-        if float(pieces.scores.max()) > 0:
-            raise SidError(
-                "SidPieces",
-                f"a score of {float(pieces.scores.max())}",
-                "Scores are 0 or less: train it again.",
-            )
         self.map = PieceMap(pieces, float(lowest - _UNK_PENALTY), place)
         bpe = pieces.config.model == "bpe"
         self.path = MergePath(self.map) if bpe else BestPath(self.map)
@@ -106,7 +100,8 @@ class BestPath(nn.Module):
 
     A candidate is one float64: its float32 score, and in the bits which that leaves free the state that
     ends there. The maximum of two then keeps score and state at once. Scores are negative, so that of equal
-    scores the smaller state wins, which is the earlier start, as in the library.
+    scores the smaller state wins, which is the earlier start, as in the library. A vocabulary of a handful
+    of pieces can have a positive score: there the maximum and its place are taken in the slower way.
     """
 
     rows: Tensor
@@ -120,6 +115,7 @@ class BestPath(nn.Module):
         ending = [sorted(rows, key=lambda i: spans[i][0]) for rows in ending]
         self._first: list[int] = [spans[rows[0]][0] for rows in ending]
         self._count: list[int] = [len(rows) for rows in ending]
+        self._negative: bool = not bool((pieces.score > 0).any())
         table = torch.tensor([row for rows in ending for row in rows], device=pieces.owner.device)
         self.register_buffer("rows", table, persistent=False)
 
@@ -134,11 +130,16 @@ class BestPath(nn.Module):
             state = states.index_select(0, self.rows[row : row + count])
             row += count
             score = pieces.score.index_select(0, state.view(-1)).view(count, n)
-            candidate = score.add_(so_far[first : first + count]).to(torch.float64)
-            candidate.view(torch.int64).bitwise_or_(state)
-            winner = candidate.amax(dim=0)
-            so_far[stop + 1] = winner
-            best.append(winner.view(torch.int64).bitwise_and_(MAX_STATES - 1).to(torch.int32))
+            score = score.add_(so_far[first : first + count])
+            if self._negative:
+                candidate = score.to(torch.float64)
+                candidate.view(torch.int64).bitwise_or_(state)
+                winner = candidate.amax(dim=0)
+                so_far[stop + 1] = winner
+                best.append(winner.view(torch.int64).bitwise_and_(MAX_STATES - 1).to(torch.int32))
+            else:
+                so_far[stop + 1], chosen = score.max(dim=0)
+                best.append(state.gather(0, chosen.unsqueeze(0)).squeeze(0))
         ends: list[Tensor] = []
         # Bit l of ``path``: the best path has a piece that ends after level l.
         path = torch.full_like(best[0], 1 << self._levels)

@@ -23,7 +23,9 @@ class Route(NamedTuple):
     key: str
     """Key that is written."""
     indexer: Indexer
-    """``(packed, raw, unknown) -> rows``, a fixed number per item."""
+    """``(packed, raw, unknown) -> (rows, rows of each item where that varies)``."""
+    counts_key: str = ""
+    """Key to write the rows of each item to; empty: nowhere."""
 
 
 class SidTransform(nn.Module):
@@ -50,6 +52,8 @@ class SidTransform(nn.Module):
         self._source_of: list[int] = [self._sources.index(route.source) for route in routes]
         self._keys: list[str] = [route.key for route in routes]
         self._per_item: list[int] = [int(route.indexer.per_item) for route in routes]
+        self._counts_of: list[int] = [j for j, route in enumerate(routes) if route.counts_key]
+        self._keys += [route.counts_key for route in routes if route.counts_key]
         self._is_sid: list[bool] = [name in specs for name in self._sources]
         self._weighted: bool = is_weighted
         self._specs = {name: specs[name] for name in self._sources if name in specs}
@@ -78,10 +82,13 @@ class SidTransform(nn.Module):
             packed.append(sids)
             unknown.append(self._check(i, sids))
         rows: list[Tensor] = []
+        counts: list[Tensor | None] = []
         for j, indexer in enumerate(self.indexers):
             i = self._source_of[j]
-            rows.append(indexer(packed[i], raw[i], unknown[i]))
-        return self._assemble(features, places, rows)
+            found, count = indexer(packed[i], raw[i], unknown[i])
+            rows.append(found)
+            counts.append(count)
+        return self._assemble(features, places, rows, counts)
 
     def _check(self, i: int, sids: Tensor) -> Tensor | None:
         if not self._is_sid[i]:
@@ -92,43 +99,67 @@ class SidTransform(nn.Module):
         return check_packed(name, sids, self._specs[name])
 
     def _assemble(
-        self, features: KeyedJaggedTensor, places: list[int], rows: list[Tensor]
+        self,
+        features: KeyedJaggedTensor,
+        places: list[int],
+        rows: list[Tensor],
+        counts: list[Tensor | None],
     ) -> KeyedJaggedTensor:
         offsets = features.offset_per_key()
         starts = features.lengths_offset_per_key()
-        lengths = features.lengths()
         new_lengths: list[Tensor] = []
         new_weights: list[Tensor] = []
+        sources: list[int] = []
         for j, i in enumerate(self._source_of):
-            place, times = places[i], self._per_item[j]
-            piece = lengths[starts[place] : starts[place + 1]]
-            new_lengths.append(piece if times == 1 else piece * times)
+            place = places[i]
+            lengths = features.lengths()[starts[place] : starts[place + 1]]
+            count = counts[j]
+            new_lengths.append(
+                _lengths_of_counts(lengths, count) if count is not None else lengths * self._per_item[j]
+            )
             if self._weighted:
                 weights = features.weights()[offsets[place] : offsets[place + 1]]
-                new_weights.append(weights if times == 1 else weights.repeat_interleave(times))
-        stride_per_key_per_rank: list[list[int]] | None = None
+                if count is not None:
+                    weights = weights.repeat_interleave(count, output_size=rows[j].numel())
+                elif self._per_item[j] != 1:
+                    weights = weights.repeat_interleave(self._per_item[j])
+                new_weights.append(weights)
+            sources.append(place)
+        for j in self._counts_of:
+            place = places[self._source_of[j]]
+            count = counts[j]
+            assert count is not None
+            rows.append(count)
+            new_lengths.append(features.lengths()[starts[place] : starts[place + 1]])
+            if self._weighted:
+                new_weights.append(features.weights()[offsets[place] : offsets[place + 1]])
+            sources.append(place)
+        strides: list[list[int]] | None = None
         inverse: tuple[list[str], Tensor] | None = None
         if features.variable_stride_per_key():
-            strides = features.stride_per_key_per_rank()
-            stride_per_key_per_rank = [strides[places[i]] for i in self._source_of]
-            inverse = self._inverse_indices(features)
+            old = features.stride_per_key_per_rank()
+            strides = [old[place] for place in sources]
+            inverse = self._inverse_indices(features, sources)
         return KeyedJaggedTensor(
             keys=self._keys,
             values=_cat(rows),
             weights=_cat(new_weights) if self._weighted else None,
             lengths=_cat(new_lengths),
-            stride=None if stride_per_key_per_rank is not None else features.stride(),
-            stride_per_key_per_rank=stride_per_key_per_rank,
+            stride=None if strides is not None else features.stride(),
+            stride_per_key_per_rank=strides,
             inverse_indices=inverse,
         )
 
-    def _inverse_indices(self, features: KeyedJaggedTensor) -> tuple[list[str], Tensor] | None:
+    def _inverse_indices(
+        self, features: KeyedJaggedTensor, sources: list[int]
+    ) -> tuple[list[str], Tensor] | None:
         """Per output key, the row of inverse indices of the feature it was made from."""
         inverse = features.inverse_indices_or_none()
         if inverse is None:
             return None
         names, table = inverse
-        order = [names.index(self._sources[i]) for i in self._source_of]
+        keys = features.keys()
+        order = [names.index(keys[place]) for place in sources]
         return self._keys, table.index_select(0, torch.tensor(order, device=table.device))
 
 
@@ -137,6 +168,13 @@ class _Same(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         return raw
+
+
+def _lengths_of_counts(lengths: Tensor, counts: Tensor) -> Tensor:
+    """Rows of each bag ``[B]``, from its items ``[B]`` and the rows of each item ``[n]``."""
+    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    ends = lengths.cumsum(0)
+    return (before.index_select(0, ends) - before.index_select(0, ends - lengths)).to(lengths.dtype)
 
 
 def _cat(pieces: list[Tensor]) -> Tensor:
