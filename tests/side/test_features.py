@@ -87,9 +87,11 @@ def test_calibrate_centres_on_the_codes_that_occur() -> None:
     skewed = (torch.rand(4000, 10, generator=torch.Generator().manual_seed(0)) > 0.7).long() + 1
     side = SideFeatures(spec)
     assert side(skewed).mean() > 0.2
-    phi = side.calibrate(skewed)(skewed)
-    assert phi.mean(0).abs().max() < 1e-4
-    assert phi.square().sum(1).mean() == pytest.approx(10, rel=1e-4)
+    for _ in range(3):
+        phi = side.calibrate(skewed)(skewed)
+        assert phi.mean(0).abs().max() < 1e-4
+        assert phi.square().sum(1).mean() == pytest.approx(10, rel=1e-4)
+    torch.testing.assert_close(phi / side.scale + side.center, (skewed - 1).float())
 
 
 def test_one_hot_spans_per_digit_tables() -> None:
@@ -224,3 +226,28 @@ def test_basis_read_off_a_quantizer(cardinalities: tuple[int, ...]) -> None:
 def test_as_bytes_names_the_forms_it_takes() -> None:
     with pytest.raises(SidError, match=r"codes \[N, 25\]"):
         as_bytes(SidSpec((3,) * 25), torch.zeros(3))
+
+
+def test_basis_of_the_quantizers_of_this_package() -> None:
+    from torchrec_sid.quantizers import (
+        DiscretePca,
+        DiscretePcaConfig,
+        ResidualKMeans,
+        ResidualKMeansConfig,
+        RqVae,
+        RqVaeConfig,
+    )
+
+    x = torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) * torch.linspace(2, 0.1, 16)
+    dpca = DiscretePca(16, DiscretePcaConfig.trits(10))
+    kmeans = ResidualKMeans(16, ResidualKMeansConfig((8, 8)))
+    for quantizer, features in ((dpca, 10), (kmeans, 64)):
+        quantizer.fit(x)
+        basis = FrozenBasis.from_quantizer(quantizer)
+        assert basis.layout.num_features == features
+        codes = quantizer.encode(x)
+        torch.testing.assert_close(basis.decode(codes), quantizer.decode(codes), rtol=1e-4, atol=1e-5)
+    vae = RqVae(16, RqVaeConfig(cardinalities=(8, 8), epochs=1, hidden=(12,)))
+    vae.fit(x)
+    with pytest.raises(SidError, match="not a sum over levels"):
+        FrozenBasis.from_quantizer(vae)

@@ -101,7 +101,7 @@ class FrozenBasis:
         return cls(spec, tuple(b.float() for b in codebooks), None if mean is None else mean.float())
 
     @classmethod
-    def from_quantizer(cls, quantizer: Quantizer, *, tolerance: float = 1e-4) -> FrozenBasis:
+    def from_quantizer(cls, quantizer: Quantizer, *, tolerance: float = 1e-5) -> FrozenBasis:
         """Read the additive decoder off any quantizer that has one, by decoding unit changes.
 
         Levels whose table is linear in the centred digit are stored as one direction.
@@ -127,7 +127,7 @@ class FrozenBasis:
                 digit = torch.arange(k).float() - (k - 1) / 2
                 step = (books[level][-1] - books[level][0]) / (k - 1)
                 offset = books[level][0] - digit[0] * step
-                limit = tolerance * books[level].abs().max()
+                limit = tolerance * torch.maximum(books[level].abs().max(), base.abs().max())
                 linear = bool((digit[:, None] * step + offset - books[level]).abs().max() <= limit)
                 # Two codes are always on a line, yet a two-row codebook and a digit cost the same.
                 tables.append(step[None] if linear and k <= 256 else books[level])
@@ -139,7 +139,7 @@ class FrozenBasis:
             )
             truth = quantizer.decode(probe).float().cpu()
             error = (basis.decode(probe) - truth).abs().max() / truth.abs().max().clamp_min(1e-30)
-        if not float(error) <= 10 * tolerance:
+        if not float(error) <= tolerance:
             raise SidError(
                 type(quantizer).__name__,
                 f"decoder that is not a sum over levels (relative error {float(error):.2g})",

@@ -90,6 +90,7 @@ class SideFeatures(nn.Module):
         else:
             rows = [_byte_table(tables[a:b], spec.cardinalities[a:b]) for a, b in groups]
         starts = torch.tensor([0] + [len(r) for r in rows[:-1]]).cumsum(0).to(torch.int32)
+        # Rows of one SID sum to its features, centred and scaled: one pass over the output.
         self.register_buffer("table", torch.cat(rows).to(device))
         self.register_buffer("_starts", starts.to(device), persistent=False)
         self.register_buffer("_limits", _limits(spec).to(device), persistent=False)
@@ -99,8 +100,9 @@ class SideFeatures(nn.Module):
         if not self.config.centred:
             second += float(mean.square().sum())
             mean = torch.zeros_like(mean)
-        self.register_buffer("center", mean.to(device))
-        self.register_buffer("scale", torch.tensor((self.dim / max(second, 1e-30)) ** 0.5, device=device))
+        self.register_buffer("center", torch.zeros(self.dim, device=device))
+        self.register_buffer("scale", torch.ones((), device=device))
+        self._set(mean, (self.dim / max(second, 1e-30)) ** 0.5)
 
     @torch.no_grad()
     def calibrate(self, sids: Tensor) -> SideFeatures:
@@ -111,16 +113,23 @@ class SideFeatures(nn.Module):
         """
         if not len(sids):
             raise SidError("SideFeatures.calibrate", "no SIDs", "Pass the SIDs of a catalog.")
-        raw = self._raw(sids).double()
+        raw = self(sids).double() / self.scale.double() + self.center.double()
         mean = raw.mean(0) if self.config.centred else torch.zeros_like(raw[0])
         second = (raw - mean).square().sum(1).mean()
         if float(second) <= 0:
             raise SidError(
                 "SideFeatures.calibrate", "SIDs that are all equal", "Pass the SIDs of a catalog."
             )
-        self.center.copy_(mean)
-        self.scale.copy_((self.dim / second).sqrt())
+        self._set(mean, float((self.dim / second).sqrt()))
         return self
+
+    def _set(self, center: Tensor, scale: float) -> None:
+        """Move and stretch the table from its present centre and scale to new ones."""
+        columns = len(self._limits)
+        raw = self.table.double() / self.scale.double() + self.center.double() / columns
+        self.center.copy_(center)
+        self.scale.fill_(scale)
+        self.table.copy_((raw - self.center.double() / columns) * self.scale.double())
 
     def forward(self, sids: Tensor) -> Tensor:
         """SIDs -> ``[N, dim]`` float32. A jagged history is its flat values: one row per event.
@@ -132,7 +141,7 @@ class SideFeatures(nn.Module):
             SidError: another shape, or codes outside the alphabet (not checked inside a compiled graph:
                 there they give NaN, or an index error where a code needs more than a byte).
         """
-        return (self._raw(sids) - self.center) * self.scale
+        return nn.functional.embedding_bag(self._symbols(sids) + self._starts, self.table, mode="sum")
 
     def pool(
         self,
@@ -166,7 +175,8 @@ class SideFeatures(nn.Module):
         total = phi.new_zeros(count, self.dim).index_add(0, bags, phi)
         return total if mode == "sum" else total / lengths.clamp_min(1).unsqueeze(1)
 
-    def _raw(self, sids: Tensor) -> Tensor:
+    def _symbols(self, sids: Tensor) -> Tensor:
+        """``[N, S]`` int32: the bytes of each SID, or its codes where a level needs more than a byte."""
         data = as_bytes(self.spec, sids)
         if self.spec.byte_groups is None:
             symbols = self.spec.unpack_bytes(data).to(torch.int32)
@@ -182,7 +192,7 @@ class SideFeatures(nn.Module):
                     f"outside 0..{int(self._limits[column]) - 1}",
                     "Encode with the quantizer this spec belongs to.",
                 )
-        return nn.functional.embedding_bag(symbols + self._starts, self.table, mode="sum")
+        return symbols
 
     def _level_tables(self, basis: FrozenBasis | None) -> list[Tensor]:
         """Per level ``[K_l, dim]``: what its code adds to the raw features."""
