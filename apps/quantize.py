@@ -26,7 +26,7 @@ from torch import Tensor
 from apps.cli import parse_config, plain_errors
 from apps.quantize_content import Array, Content, fit_fusion, item_stream
 from apps.quantize_report import describe, examples_by_prefix, write_report
-from torchrec_sid.catalog import SidCatalog, add_last_digit
+from torchrec_sid.catalog import DriftReport, SidCatalog, add_last_digit, measure_drift
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
@@ -75,6 +75,8 @@ class QuantizeConfig:
     """Cardinality of a last digit that tells items of one SID apart; 0 for none."""
     append_to: str | None = None
     """OUTPUT of an earlier run: encode with its quantizer and append to its catalog."""
+    drift_from: str | None = None
+    """OUTPUT of an earlier run: report how many of its SIDs this one would move."""
     overwrite: bool = False
     """Replace a catalog that OUTPUT holds already."""
     parquet: bool = False
@@ -101,6 +103,8 @@ class Quantization(NamedTuple):
     quantizer: Quantizer
     catalog: SidCatalog
     quality: QualityReport
+    drift: DriftReport | None
+    """Against the catalog of ``drift_from``."""
     report: Path
     """The HTML report, or quality.json where none was asked for."""
 
@@ -113,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with plain_errors():
         result = quantize(config, progress=True)
     console.print(describe(result.quality))
+    if result.drift is not None:
+        console.print(f"drift: {result.drift.describe()}")
     console.print(f"catalog: {len(result.catalog):,} items, {result.catalog.fingerprint[:12]}")
     console.print(f"report: {result.report}")
 
@@ -136,49 +142,61 @@ def quantize(
     folder = LogFolder.open(config.data, source=config.source, events=False)
     output = Path(config.output)
     labels = _labels(config, folder)
-    if config.append_to is not None:
-        home = Path(config.append_to)
-        quantizer = load_quantizer(home / "quantizer.safetensors")
-        content = Content(folder, quantizer, home)
-        catalog, chosen = _append(config, content, quantizer.fingerprint, home / "catalog", progress)
-        learned = ~chosen
-    else:
-        if SidCatalog.exists(output / "catalog") and not config.overwrite:
-            raise SidError(
-                str(output), "holds a catalog already", "Choose another folder, or pass --overwrite true."
-            )
-        learned = _fit_rows(config, len(folder)) if fit_rows is None else np.asarray(fit_rows, dtype=bool)
-        chosen = np.ones(len(folder), dtype=bool)
-        quantizer = _fit(config, folder, learned, output, progress)
-        quantizer.save(output / "quantizer.safetensors")
-        content = Content(folder, quantizer, output)
-        catalog = _create(config, content, quantizer.fingerprint, output / "catalog", progress)
-    held_out = chosen & ~learned
-    measured = held_out if held_out.any() else chosen
+    before = SidCatalog.open(Path(config.drift_from) / "catalog") if config.drift_from else None
+    made = (
+        _append(config, folder, progress)
+        if config.append_to
+        else _learn(config, folder, fit_rows, progress)
+    )
+    measured = made.held_out if made.held_out.any() else made.items
     quality = measure_quality(
-        content.view,
-        content.stream(measured),
-        items=content.stream(chosen),
-        labels={name: values[torch.from_numpy(chosen)] for name, values in labels.items()},
+        made.content.view,
+        made.content.stream(measured),
+        items=made.content.stream(made.items),
+        labels={name: values[torch.from_numpy(made.items)] for name, values in labels.items()},
         progress=progress,
         beam=config.beam,
     )
     if config.parquet:
-        catalog.to_parquet(output / "sids.parquet")
+        made.catalog.to_parquet(output / "sids.parquet")
+    drift = measure_drift(before, made.catalog) if before is not None else None
     settings = {
         "data": str(config.data),
         "source": config.source or folder.default_source,
-        "sources": content.sources(measured, config.beam),
-        "quantizer": quantizer.kind,
-        "quantizer_fingerprint": quantizer.fingerprint,
-        "catalog_fingerprint": catalog.fingerprint,
-        "catalog_generation": catalog.generation,
-        "catalog_items": len(catalog),
+        "sources": made.content.sources(measured, config.beam),
+        "quantizer": made.quantizer.kind,
+        "quantizer_fingerprint": made.quantizer.fingerprint,
+        "catalog_fingerprint": made.catalog.fingerprint,
+        "catalog_generation": made.catalog.generation,
+        "catalog_items": len(made.catalog),
+        "drift": drift.to_dict() if drift is not None else None,
         "command": shlex.join(["python", "-m", "apps.quantize", *sys.argv[1:]]),
     }
-    examples = examples_by_prefix(content, chosen, beam=config.beam)
+    examples = examples_by_prefix(made.content, made.items, beam=config.beam)
     path = write_report(output, settings, quality, examples, html=config.report)
-    return Quantization(quantizer, catalog, quality, path)
+    return Quantization(made.quantizer, made.catalog, quality, drift, path)
+
+
+class _Made(NamedTuple):
+    quantizer: Quantizer
+    content: Content
+    catalog: SidCatalog
+    items: Array  # [N] bool: whose SIDs were made in this run
+    held_out: Array  # [N] bool: those of them that the quantizer did not learn from
+
+
+def _learn(config: QuantizeConfig, folder: LogFolder, fit_rows: Array | None, progress: bool) -> _Made:
+    output = Path(config.output)
+    if SidCatalog.exists(output / "catalog") and not config.overwrite:
+        raise SidError(
+            str(output), "holds a catalog already", "Choose another folder, or pass --overwrite true."
+        )
+    learned = _fit_rows(config, len(folder)) if fit_rows is None else np.asarray(fit_rows, dtype=bool)
+    quantizer = _fit(config, folder, learned, output, progress)
+    quantizer.save(output / "quantizer.safetensors")
+    content = Content(folder, quantizer, output)
+    catalog = _create(config, content, quantizer.fingerprint, output / "catalog", progress)
+    return _Made(quantizer, content, catalog, np.ones(len(folder), dtype=bool), ~learned)
 
 
 def _fit_rows(config: QuantizeConfig, items: int) -> Array:
@@ -213,24 +231,25 @@ def _create(config: QuantizeConfig, content: Content, mark: str, path: Path, pro
     return SidCatalog.create(path, digits.spec, ids, digits.codes, mark, overwrite=config.overwrite)
 
 
-def _append(
-    config: QuantizeConfig, content: Content, mark: str, path: Path, progress: bool
-) -> tuple[SidCatalog, Array]:
-    """The catalog of an earlier run with the new items appended; ``[N]`` bool, which are new."""
-    catalog = SidCatalog.open(path)
-    new = ~catalog.contains(content.folder.item_ids).numpy()
+def _append(config: QuantizeConfig, folder: LogFolder, progress: bool) -> _Made:
+    home = Path(str(config.append_to))
+    quantizer = load_quantizer(home / "quantizer.safetensors")
+    content = Content(folder, quantizer, home)
+    catalog = SidCatalog.open(home / "catalog")
+    new = ~catalog.contains(folder.item_ids).numpy()
     if not new.any():
         raise SidError(
             str(config.data), "every item is in the catalog already", "There is nothing to append."
         )
     pairs = _encoded(config, content, new, progress)
-    spec = content.view.spec
-    if catalog.spec.levels == spec.levels:
-        return catalog.append(pairs, quantizer_fingerprint=mark), new
-    ids, codes = _gathered(pairs)
-    cardinality = catalog.spec.cardinalities[-1]
-    digits = add_last_digit(spec, ids, codes, cardinality=cardinality, published=catalog)
-    return catalog.append(ids, digits.codes, mark), new
+    if catalog.spec.levels == quantizer.spec.levels:
+        catalog = catalog.append(pairs, quantizer_fingerprint=quantizer.fingerprint)
+    else:
+        ids, codes = _gathered(pairs)
+        cardinality = catalog.spec.cardinalities[-1]
+        digits = add_last_digit(quantizer.spec, ids, codes, cardinality=cardinality, published=catalog)
+        catalog = catalog.append(ids, digits.codes, quantizer.fingerprint)
+    return _Made(quantizer, content, catalog, new, new)
 
 
 def _encoded(

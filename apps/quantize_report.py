@@ -212,7 +212,10 @@ def _page(
             for e in examples
         ],
     )
-    facts = _table(("", ""), [(k.replace("_", " "), v) for k, v in settings.items() if k != "sources"])
+    facts = _table(
+        ("", ""), [(k.replace("_", " "), v) for k, v in settings.items() if k not in ("sources", "drift")]
+    )
+    drift = settings["drift"]
     kept = "".join(
         f"<h3>{escape(name)}</h3>{_table(tuple(figures), [[_short(v) for v in figures.values()]])}"
         for name, figures in settings["sources"].items()
@@ -233,6 +236,7 @@ def _page(
         f"<img alt='quality' src='data:image/png;base64,{image}'>"
         f"<h2>Levels</h2>{levels}<h2>Prefixes</h2>{prefixes}"
         + (f"<h2>What the SID keeps of each source</h2>{kept}" if kept else "")
+        + (f"<h2>Drift</h2>{_table(tuple(drift), [tuple(drift.values())])}" if drift else "")
         + f"<h2>Items by prefix</h2>{shown}<h2>Run</h2>{facts}"
     )
 

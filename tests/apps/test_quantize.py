@@ -173,6 +173,18 @@ def test_new_items_are_appended_and_nothing_moves(
         quantize(more)
 
 
+def test_drift_from_an_earlier_run(config: QuantizeConfig) -> None:
+    quantize(config)
+    same = changed(config, drift_from=config.output)
+    assert same.drift is not None and (same.drift.common, same.drift.moved) == (600, 0)
+    refitted = changed(config, drift_from=config.output, seed=5, overwrite=True, report=True)
+    assert refitted.drift is not None and refitted.drift.moved > 0
+    written = json.loads((refitted.report.parent / "quality.json").read_text())["drift"]
+    assert written["moved"] == refitted.drift.moved and "<h2>Drift</h2>" in refitted.report.read_text()
+    with pytest.raises(ArtifactError, match="no manifest"):
+        changed(config, drift_from="nowhere", overwrite=True)
+
+
 def test_bad_input_is_refused_before_anything_is_written(config: QuantizeConfig, tmp_path: Path) -> None:
     write_items(tmp_path / "nan", np.arange(50))
     x = np.load(tmp_path / "nan" / "item_emb.npy")
