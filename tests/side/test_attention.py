@@ -58,6 +58,14 @@ def test_lengths_from_none_to_ten_thousand(backend: str, lengths: tuple[int, ...
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_no_users_at_all(backend: str) -> None:
+    case = make_case(lengths=(), terms=TERMS[3], backend=backend)
+    out = case.run(case.candidates)
+    assert out.shape == (0, 2, 10)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 16, 17, 40])
 def test_every_number_of_rows(backend: str, rows: int) -> None:
     """Rows are handled 4, 8 or 16 at a time by the compiled kernel."""
