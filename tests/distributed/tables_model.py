@@ -1,5 +1,6 @@
 """One model with every kind of SID table, its batches, and its training, sharded or not."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +28,19 @@ from torchrec.streamable import Pipelineable
 from tests.tables.test_adapters import TableCatalog
 from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
 from torchrec_sid.parallel.initialise import copy_full_into_sharded
+from torchrec_sid.side import SideFeaturesConfig
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables import (
     HashedId,
     HashedPrefix,
     NGramGroups,
     PerLevel,
+    PieceTrainerConfig,
+    SentencePiece,
+    Side,
     SidEmbeddingBagConfig,
     SidEmbeddingConfig,
+    train_pieces,
 )
 
 SPEC = SidSpec((8, 8, 5))
@@ -61,11 +67,20 @@ class Batch(Pipelineable):
         return Batch(self.features.pin_memory(), self.labels.pin_memory())
 
 
+@functools.cache
+def vocabulary():
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.stack([torch.randint(0, k, (300,), generator=generator) for k in SPEC.cardinalities], 1)
+    codes[:, 1] = (codes[:, 0] + codes[:, 1] % 2) % 8
+    return train_pieces(SPEC, codes, PieceTrainerConfig(60))
+
+
 class Model(nn.Module):
     """SIDs, ids looked up in a catalog, and raw ids, pooled and as a sequence."""
 
     def __init__(self, dim=8, device=None, catalog=CATALOG):
         super().__init__()
+        one_hot = SideFeaturesConfig("one_hot")
         self.bags = SidEmbeddingBagCollection(
             tables=[
                 SidEmbeddingBagConfig(
@@ -78,7 +93,7 @@ class Model(nn.Module):
                 SidEmbeddingBagConfig(
                     name="b_other",
                     embedding_dim=dim,
-                    scheme=NGramGroups(2),
+                    scheme=(NGramGroups(2), SentencePiece(vocabulary()), Side(one_hot, project=True)),
                     feature_names=["other"],
                     pooling=PoolingType.MEAN,
                 ),
@@ -95,7 +110,7 @@ class Model(nn.Module):
                     name="e_history",
                     embedding_dim=dim,
                     feature_names=["history"],
-                    scheme=(HashedPrefix(2), PerLevel(separate=True)),
+                    scheme=(HashedPrefix(2), PerLevel(separate=True), SentencePiece(vocabulary())),
                     spec=SPEC,
                 ),
                 EmbeddingConfig(
@@ -107,7 +122,7 @@ class Model(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.out = nn.Linear(6 * dim, 1)
         with torch.no_grad():
-            for parameter in self.out.parameters():
+            for parameter in [*self.out.parameters(), *self.bags.combine.parameters()]:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     def forward(self, batch):

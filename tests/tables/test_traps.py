@@ -68,7 +68,7 @@ def test_9_constraints_know_the_names_of_the_physical_tables():
     tables = {c.name for c in model.bags.ebc.embedding_bag_configs()}
     tables |= {c.name for c in model.events.ec.embedding_configs()}
     assert set(model_pooling_factors(model)) == tables
-    assert len(tables) == 7 + 2
+    assert len(tables) == 5 + 6
     config = PlannerConfig(
         topology=TopologyConfig(world_size=2, device="cpu"),
         tables={"b_itm_prefix": TableConstraint(sharding_types=("row_wise",))},

@@ -191,6 +191,9 @@ def _add_outputs(
             num_embeddings=rows,
             feature_names=features_of(table),
             data_type=table.data_type,
+            # Its default divides by the rows, of which a Side alone has none.
+            weight_init_min=0.0 if not rows else None,
+            weight_init_max=0.0 if not rows else None,
             **({"pooling": pooling} if physical is EmbeddingBagConfig else {}),
         )
     )

@@ -190,7 +190,7 @@ class MergePath(nn.Module):
             joined = span_at.index_select(0, row).view(inner, n).add_(items).view(-1)
             key = rank.index_select(0, joined).view(inner, n).bitwise_or_(where + 1)
             best = key.amin(dim=0)
-            if best.device.type == "cpu" and int(best.min()) == _NO_RANK:
+            if best.device.type == "cpu" and bool((best == _NO_RANK).all()):
                 break
             cuts = cuts.bitwise_xor_(self.bit_of.index_select(0, best.bitwise_and_(15)))
         ends: list[Tensor] = []
