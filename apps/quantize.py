@@ -112,10 +112,9 @@ class Quantization(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; ``argv`` stands in for the arguments of the process."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    config = parse_config(QuantizeConfig, __doc__, argv)
     console = Console()
     with plain_errors():
-        result = quantize(config, progress=True)
+        result = quantize(parse_config(QuantizeConfig, __doc__, argv), progress=True)
     console.print(describe(result.quality))
     if result.drift is not None:
         console.print(f"drift: {result.drift.describe()}")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from apps.bench.planted_tree import planted_tree
 from apps.bench.quantizer_systems import Fitted, System, full_name, systems
-from apps.cli import parse_config
+from apps.cli import parse_config, plain_errors
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import SidError
 from torchrec_sid.seeding import derived_generator
@@ -102,15 +102,16 @@ class Split(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; ``argv`` stands in for the arguments of the process."""
     logging.basicConfig(level=logging.ERROR)
-    config = parse_config(BenchConfig, __doc__, argv)
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
     rows: list[Row] = []
-    for row in run(config, console):
-        rows.append(row)
-        if config.json:  # after every row: a long run that is cut off keeps what it measured
-            write_json(config.json, {"rows": [asdict(row) for row in rows]})
+    with plain_errors():
+        config = parse_config(BenchConfig, __doc__, argv)
+        for row in run(config, console):
+            rows.append(row)
+            if config.json:  # after every row: a long run that is cut off keeps what it measured
+                write_json(config.json, {"rows": [asdict(row) for row in rows]})
     for dataset in dict.fromkeys(row.dataset for row in rows):
         console.print(table(dataset, [row for row in rows if row.dataset == dataset]))
 

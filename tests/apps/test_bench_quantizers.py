@@ -123,5 +123,5 @@ def test_bad_options_are_named(fields: dict[str, object]) -> None:
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     for option in ("--datasets", "--systems"):
-        with pytest.raises(SidError, match="nothing"):
+        with pytest.raises(SystemExit, match="nothing"):
             main(["--data", str(tmp_path), option, "[nothing]"])
