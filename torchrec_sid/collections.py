@@ -20,14 +20,16 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.tables.catalog_map import Catalog
+from torchrec_sid.tables.catalog_map import Catalog, CatalogMap
 from torchrec_sid.tables.combine import CombineBags, CombineEvents
 from torchrec_sid.tables.configs import SidEmbeddingBagConfig, SidEmbeddingConfig
 from torchrec_sid.tables.layout import plan_layout
 from torchrec_sid.tables.transform import SidTransform
 
-Catalogs = Catalog | Mapping[str, Catalog] | None
-"""One catalog for every feature of SIDs, or one per feature; a feature without one carries packed SIDs."""
+Catalogs = Catalog | CatalogMap | Mapping[str, Catalog | CatalogMap] | None
+"""One catalog for every feature of SIDs, or one per feature; a feature without one carries packed SIDs.
+
+Collections that are given the same :class:`~torchrec_sid.tables.catalog_map.CatalogMap` hold it once."""
 
 
 class SidEmbeddingBagCollection(nn.Module):
@@ -43,6 +45,7 @@ class SidEmbeddingBagCollection(nn.Module):
         device: where the tables live; may be meta.
         catalog: see :data:`Catalogs`.
         adapter: run on the batch first, for codes in other forms: ``PackFeatures``, ``PackValues``.
+        output_order: keys of the result in the order they shall have; None: table by table, as in TorchRec.
 
     Raises:
         SidError: configurations that contradict each other; at forward, values that do not fit them.
@@ -67,12 +70,13 @@ class SidEmbeddingBagCollection(nn.Module):
         device: torch.device | None = None,
         catalog: Catalogs = None,
         adapter: nn.Module | None = None,
+        output_order: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
         _check_kinds(tables, (SidEmbeddingBagConfig, EmbeddingBagConfig))
         catalogs = _per_feature(tables, catalog)
-        layout = plan_layout(tables, catalogs, EmbeddingBagConfig, device)
+        layout = plan_layout(tables, catalogs, EmbeddingBagConfig, device, output_order)
         self._public = layout.public
         self._pooling_factors = layout.pooling_factors
         self._weighted = is_weighted
@@ -130,6 +134,7 @@ class SidEmbeddingCollection(nn.Module):
         need_indices: return the looked-up rows as weights; only where one row is read per event.
         catalog: see :data:`Catalogs`.
         adapter: run on the batch first, for codes in other forms: ``PackFeatures``, ``PackValues``.
+        output_order: keys of the result in the order they shall have; None: table by table, as in TorchRec.
 
     Raises:
         SidError: configurations that contradict each other; at forward, values that do not fit them.
@@ -142,12 +147,13 @@ class SidEmbeddingCollection(nn.Module):
         need_indices: bool = False,
         catalog: Catalogs = None,
         adapter: nn.Module | None = None,
+        output_order: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
         _check_kinds(tables, (SidEmbeddingConfig, EmbeddingConfig))
         catalogs = _per_feature(tables, catalog)
-        layout = plan_layout(tables, catalogs, EmbeddingConfig, device)
+        layout = plan_layout(tables, catalogs, EmbeddingConfig, device, output_order)
         dims = {table.embedding_dim for table in layout.tables}
         if len(dims) > 1:
             raise SidError(
@@ -217,7 +223,7 @@ class SidEmbeddingCollection(nn.Module):
 
 def _per_feature(
     tables: Sequence[SidEmbeddingConfig | EmbeddingConfig], catalog: Catalogs
-) -> dict[str, Catalog]:
+) -> dict[str, Catalog | CatalogMap]:
     if catalog is None:
         return {}
     if isinstance(catalog, Mapping):

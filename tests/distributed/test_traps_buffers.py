@@ -12,6 +12,8 @@ from tests.tables.test_adapters import TableCatalog
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.buffers import checksum, dense_buffer_names, synchronise_buffers
 from torchrec_sid.parallel.ranks import Ranks
+from torchrec_sid.replace import replace_embeddings
+from torchrec_sid.tables import HashedId
 
 
 def other_catalog():
@@ -72,6 +74,11 @@ def bad_batches_on_each_rank():
             said.append("nothing")
         except SidError as error:
             said.append(str(error))
+    try:
+        replace_embeddings(sharded, {"user": HashedId(5)}, spec=SPEC)
+        said.append("nothing")
+    except SidError as error:
+        said.append(str(error))
     return said
 
 
@@ -85,8 +92,9 @@ def test_weights_and_buffers_survive_dmp():
 
 
 def test_bad_batches_are_refused_under_dmp():
-    for code, layout, dtype in run_ranks(bad_batches_on_each_rank, 2):
+    for code, layout, dtype, replaced in run_ranks(bad_batches_on_each_rank, 2):
         assert "feature 'item'" in code
         assert "code 5 at level 3" in code
         assert "not contiguous" in layout
         assert "float32" in dtype
+        assert "the model is sharded" in replaced

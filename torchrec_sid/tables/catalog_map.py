@@ -47,6 +47,7 @@ class CatalogMap(nn.Module):
         device = _real(device)
         ids = torch.as_tensor(catalog.item_ids(), dtype=torch.int64)
         packed = torch.as_tensor(catalog.lookup(ids), dtype=torch.int64)
+        self.spec = catalog.spec
         self.fingerprint: str = catalog.fingerprint
         self._first: int = int(ids[0]) if len(ids) else 0
         span = int(ids[-1]) - self._first + 1 if len(ids) else 1

@@ -61,7 +61,7 @@ class Output:
 class Layout:
     """What a collection is built from."""
 
-    tables: list[TableConfig] = field(default_factory=list)
+    tables: list[EmbeddingConfig] = field(default_factory=list)
     """Physical tables of the stock collection inside."""
     routes: list[Route] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Layout:
     """Feature -> shape of its SIDs."""
     maps: dict[str, CatalogMap] = field(default_factory=dict)
     """Feature -> its catalog on the device; features that share a catalog share the map."""
-    public: list[TableConfig] = field(default_factory=list)
+    public: list[EmbeddingConfig] = field(default_factory=list)
     """One configuration per configured table, describing the result: what consumers size themselves by."""
     sides: dict[str, SideVectors] = field(default_factory=dict)
     """Table name -> parameter-free features of that table's configuration."""
@@ -79,7 +79,8 @@ class Layout:
     @property
     def direct(self) -> bool:
         """Whether the stock collection's result is already the result."""
-        return all(
+        looked_up = [key for table in self.tables for key in table.feature_names]
+        return looked_up == [out.name for out in self.outputs] and all(
             len(out.parts) == 1 and out.parts[0].key == out.name and not out.parts[0].side and not out.mean
             for out in self.outputs
         )
@@ -87,9 +88,10 @@ class Layout:
 
 def plan_layout(
     tables: Sequence[TableConfig],
-    catalogs: Mapping[str, Catalog],
+    catalogs: Mapping[str, Catalog | CatalogMap],
     physical: type[EmbeddingConfig] | type[EmbeddingBagConfig],
     device: torch.device | None,
+    output_order: Sequence[str] | None = None,
 ) -> Layout:
     """Resolve configurations into a :class:`Layout`, and build the modules without parameters.
 
@@ -98,6 +100,7 @@ def plan_layout(
         catalogs: feature -> catalog, for the features that carry raw ids.
         physical: configuration class of the stock collection.
         device: of the tables; buffers are on it unless it is meta.
+        output_order: keys of the result in order; None: table by table.
 
     Raises:
         SidError: duplicate table names, a feature with two specs, a catalog whose spec is another, a
@@ -120,13 +123,26 @@ def plan_layout(
         if names.count(name) > 1:
             raise SidError(f"table {name!r}", "the name is used twice", "Give every table its own name.")
     check_raw_tables(tables, layout.specs, catalogs)
+    if output_order is not None:
+        _reorder(layout, output_order)
     return layout
 
 
-def _make_maps(catalogs: Mapping[str, Catalog], device: torch.device | None) -> dict[str, CatalogMap]:
+def _reorder(layout: Layout, order: Sequence[str]) -> None:
+    found = [out.name for out in layout.outputs]
+    if sorted(found) != sorted(order):
+        raise SidError("output_order", f"{list(order)}", f"Name every output once: {found}.")
+    layout.outputs.sort(key=lambda out: list(order).index(out.name))
+
+
+def _make_maps(
+    catalogs: Mapping[str, Catalog | CatalogMap], device: torch.device | None
+) -> dict[str, CatalogMap]:
     maps: dict[int, CatalogMap] = {}
     for catalog in catalogs.values():
-        if id(catalog) not in maps:
+        if isinstance(catalog, CatalogMap):
+            maps[id(catalog)] = catalog
+        elif id(catalog) not in maps:
             maps[id(catalog)] = CatalogMap(catalog, device)
     return {feature: maps[id(catalog)] for feature, catalog in catalogs.items()}
 

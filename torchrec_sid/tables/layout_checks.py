@@ -9,7 +9,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.catalog_map import Catalog
+from torchrec_sid.tables.catalog_map import Catalog, CatalogMap
 from torchrec_sid.tables.configs import SidEmbeddingConfig
 
 TableConfig: TypeAlias = EmbeddingConfig | SidEmbeddingConfig
@@ -39,7 +39,7 @@ def output_dim(table: SidEmbeddingConfig, dims: Sequence[int]) -> int:
     return table.embedding_dim
 
 
-def check_catalogs(tables: Sequence[TableConfig], catalogs: Mapping[str, Catalog]) -> None:
+def check_catalogs(tables: Sequence[TableConfig], catalogs: Mapping[str, Catalog | CatalogMap]) -> None:
     """Refuse a catalog for a feature that has no SID table.
 
     Raises:
@@ -56,7 +56,9 @@ def check_catalogs(tables: Sequence[TableConfig], catalogs: Mapping[str, Catalog
 
 
 def check_raw_tables(
-    tables: Sequence[TableConfig], specs: Mapping[str, SidSpec], catalogs: Mapping[str, Catalog]
+    tables: Sequence[TableConfig],
+    specs: Mapping[str, SidSpec],
+    catalogs: Mapping[str, Catalog | CatalogMap],
 ) -> None:
     """Refuse a table of raw ids for a feature that carries SIDs.
 
@@ -76,7 +78,7 @@ def check_raw_tables(
 
 
 def resolve_spec(
-    specs: dict[str, SidSpec], table: SidEmbeddingConfig, catalogs: Mapping[str, Catalog]
+    specs: dict[str, SidSpec], table: SidEmbeddingConfig, catalogs: Mapping[str, Catalog | CatalogMap]
 ) -> SidSpec:
     """The one spec of a table and all its features; noted in ``specs`` for each feature.
 

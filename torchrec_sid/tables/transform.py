@@ -60,6 +60,17 @@ class SidTransform(nn.Module):
         self.indexers = nn.ModuleList(route.indexer for route in routes)
         self.lookups = nn.ModuleList(catalogs.get(name, _Same()) for name in self._sources)
 
+    @property
+    def sid_features(self) -> list[str]:
+        """Features whose SIDs it embeds."""
+        return list(self._specs)
+
+    @property
+    def catalog_fingerprints(self) -> dict[str, str]:
+        """Feature -> fingerprint of the catalog that its raw ids are looked up in."""
+        maps = zip(self._sources, self.lookups, strict=True)
+        return {name: lookup.fingerprint for name, lookup in maps if isinstance(lookup, CatalogMap)}
+
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """SIDs and ids -> rows, bag by bag; an item that addresses P rows makes its bag P times as long.
 
