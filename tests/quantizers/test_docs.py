@@ -1,0 +1,18 @@
+"""The Python of docs/quantizers.md runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "quantizers.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, str(page), "exec"), names)
+    codes, again = names["codes"], names["again"]
+    assert isinstance(codes, torch.Tensor) and codes.shape == (5000, 3)
+    assert torch.equal(again.encode(names["x"]), codes)  # type: ignore[attr-defined]
