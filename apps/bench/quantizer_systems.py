@@ -160,18 +160,19 @@ def _faiss_kmeans(x: Tensor, bits: int, seed: int) -> Fitted:
     for level, k in enumerate(_bytewise(bits)):
         kmeans = faiss.Kmeans(x.shape[1], k, seed=seed * 100 + level + 1, min_points_per_centroid=1)
         kmeans.train(residual)
-        books.append(kmeans)
-        residual = residual - kmeans.centroids[kmeans.assign(residual)[1]]
+        centroids = np.asarray(kmeans.centroids)
+        books.append((kmeans, centroids))
+        residual = residual - centroids[kmeans.assign(residual)[1]]
 
     def encode(y: Tensor) -> Tensor:
         left, columns = y.numpy(), []
-        for kmeans in books:
+        for kmeans, centroids in books:
             columns.append(kmeans.assign(left)[1])
-            left = left - kmeans.centroids[columns[-1]]
+            left = left - centroids[columns[-1]]
         return torch.from_numpy(np.stack(columns, axis=1))
 
     def decode(codes: Tensor) -> Tensor:
-        parts = [kmeans.centroids[codes[:, level].numpy()] for level, kmeans in enumerate(books)]
+        parts = [centroids[codes[:, level].numpy()] for level, (_, centroids) in enumerate(books)]
         return torch.from_numpy(np.sum(parts, axis=0))
 
     return Fitted(encode, decode, bits, sum(_bytewise(bits)) * x.shape[1])
