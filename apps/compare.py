@@ -132,7 +132,7 @@ def _learn_sids(config: CompareConfig, data: Path, log: PreparedLog, output: Pat
     plot_quality(quality, output / "quality.png")
     codes = quantizer.encode(matrix)
     path = output / "catalog"
-    return SidCatalog.create(path, quantizer.spec, log.item_ids, codes, mark, overwrite=True)
+    return SidCatalog.create(path, quantizer.spec, np.array(log.item_ids), codes, mark, overwrite=True)
 
 
 def _train_all(
