@@ -27,15 +27,20 @@ def choose_backend(problem: Problem, backend: str) -> str:
     Raises:
         SidError: saying why.
     """
-    gpu = _triton_unavailable(problem)
-    reasons = {"torch": "", "cpu": cpu.unavailable(problem), "triton": gpu, "triton_bf16": gpu}
+    # Asked for one by one: the Triton answer imports Triton, the CPU one may compile.
+    reasons = {
+        "torch": lambda problem: "",
+        "cpu": cpu.unavailable,
+        "triton": _triton_unavailable,
+        "triton_bf16": _triton_unavailable,
+    }
     if backend == "auto":
         fast = "triton" if problem.query.is_cuda else "cpu"
-        return fast if not reasons[fast] else "torch"
+        return "torch" if reasons[fast](problem) else fast
     if backend not in reasons:
         raise SidError("backend", repr(backend), f"Choose one of {', '.join(BACKENDS)}.")
-    if reasons[backend]:
-        raise SidError("backend", f"{backend!r} cannot be used: {reasons[backend]}", "Choose 'auto'.")
+    if reason := reasons[backend](problem):
+        raise SidError("backend", f"{backend!r} cannot be used: {reason}", "Choose 'auto'.")
     return backend
 
 

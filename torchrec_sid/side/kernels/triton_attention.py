@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from torchrec_sid.side.kernels import triton_kernels
+from torchrec_sid.side.kernels import triton_kernels, triton_merge
 from torchrec_sid.side.kernels.problem import Gradients, Output, Problem
 from torchrec_sid.side.layout import FeatureLayout
 
@@ -102,7 +102,7 @@ def forward(problem: Problem, splits: int = 3, tiles: Tiles | None = None) -> Ou
         features,
         **_constants(problem, plan, splits),
     )
-    triton_kernels.attention_combine[(users, plan.row_blocks)](
+    triton_merge.attention_combine[(users, plan.row_blocks)](
         part_z,
         part_total,
         part_peak,
@@ -156,7 +156,7 @@ def backward(
             events,
             **_constants(problem, plan, splits),
         )
-        triton_kernels.attention_sum[(users, plan.row_blocks)](
+        triton_merge.attention_sum[(users, plan.row_blocks)](
             part_query,
             part_shared,
             plan.item_starts,
