@@ -20,7 +20,7 @@ class VqFusionConfig(BottleneckConfig, TrainingConfig):
         SidError: a field out of range.
     """
 
-    epochs: float = 30.0
+    epochs: float = 16.0
     """Passes over the data."""
     codebooks: tuple[int, ...] = (256, 256, 256, 256)
     """Codewords per residual codebook; with no stages the SID is that of an RQ-VAE."""

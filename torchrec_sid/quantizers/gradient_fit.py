@@ -32,7 +32,7 @@ class TrainingConfig:
         SidError: a field out of range.
     """
 
-    epochs: float = 8.0
+    epochs: float = 4.0
     """Passes over the data."""
     batch_size: int = 512
     """Items per step and rank."""
