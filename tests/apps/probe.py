@@ -29,6 +29,9 @@ def main() -> None:
     seen = {name: os.environ.get(name) for name in NAMES} | {"total": int(total)}
     seen |= {"arguments": sys.argv[3:], "attempt": attempt, "executable": sys.executable}
     (folder / f"rank-{rank}.json").write_text(json.dumps(seen))
+    # Leave in order: gloo aborts a rank whose threads are still at work when Python exits.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

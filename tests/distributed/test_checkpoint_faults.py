@@ -1,6 +1,7 @@
 """Each thing that can be wrong with a checkpoint ends in one message, the same on every rank."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from torchrec_sid.parallel.checkpoint_files import list_checkpoints
 from torchrec_sid.parallel.state import prepare_to_load, training_state
 
 CATALOG = {"catalog": "a" * 64}
+FREE = re.compile(r"[\d,]+ MiB")
 
 
 def save_two(folder):
@@ -184,8 +186,9 @@ def save_where_rank_1_cannot(folder, limit):
 
 def test_a_rank_that_cannot_write_loses_nothing(folder):
     first, second = run_ranks(save_where_rank_1_cannot, 2, folder, 64)
-    assert first == second
-    assert len(first) == 2
+    assert len(first) == len(second) == 2
+    # Each rank asks for the free space itself, a moment after the other.
+    assert [FREE.sub("", text) for text in first] == [FREE.sub("", text) for text in second]
     for text in first:
         assert text.startswith(f"{folder}: rank 1: ")
         assert "MiB are free there" in text
