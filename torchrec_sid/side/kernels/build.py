@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 _SOURCES = ("code_attention.cpp", "similarity.cpp")
 _HEADERS = ("columns.h", "parallel.h", "vectors.h")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 CACHE_VARIABLE = "TORCHREC_SID_CACHE"
 DISABLE_VARIABLE = "TORCHREC_SID_NO_COMPILE"
 

@@ -11,6 +11,8 @@
 namespace {
 
 constexpr int kChunkFloats = 4096;  // scores held at a time: 16 KiB, half a first-level cache
+constexpr int kWide = 16;           // floats per step where events need not be told apart
+typedef Lanes<kWide>::F Wide;
 
 struct Problem {
   Layout layout;
@@ -68,25 +70,23 @@ class Worker {
       const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
       coder_.gather(table_[0], transposed_[0], at, n, base, scores_);
       add_bias(b, at, n);
-      F shift = F{};
+      pad(scores_, n, -kInf);
+      Wide shift = Wide{};
       if (p_.softmax) {
         const F before = peak;
-        for (int i = 0; i < n; i++) {
-          const F s = load<L>(scores_ + i * L);
-          peak = s > peak ? s : peak;
-        }
-        shift = peak == splat<L>(-kInf) ? F{} : peak;
+        peak = largest(n, peak);
+        const F origin = peak == splat<L>(-kInf) ? F{} : peak;
         if (at > begin && differ(before, peak)) {
-          const F factor = vexp<L>(before - shift);
+          const F factor = vexp<L>(before - origin);
           total *= factor;
           coder_.shrink(sums_, factor);
         }
+        shift = repeat(origin);
       }
-      for (int i = 0; i < n; i++) {
-        const F s = load<L>(scores_ + i * L);
-        store<L>(scores_ + i * L, p_.softmax ? vexp<L>(s - shift) : sigmoid(s));
-      }
-      total += sum_of(n, [&](int i) { return load<L>(scores_ + i * L); });
+      total += replace(n, [&](int k) {
+        const Wide s = load<kWide>(scores_ + k);
+        return p_.softmax ? vexp<kWide>(s - shift) : sigmoid(s);
+      });
       coder_.scatter(sums_, at, n, scores_);
       coder_.settle(sums_);
     }
@@ -108,26 +108,29 @@ class Worker {
     F peak = lane_values(args.peak, b, 0.0f);
     peak = peak == splat<L>(-kInf) ? F{} : peak;
     const F inverse = 1.0f / at_least_tiny(lane_values(args.total, b, 1.0f));
+    const Wide shift = repeat(peak), scale = repeat(inverse), all = repeat(grad_total);
     F delta = inner_products(b, args.grad_z, args.z), total = F{};
     for (int64_t at = begin; at < end; at += kChunk) {
       const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
       coder_.gather(table_[0], transposed_[0], at, n, base, scores_);
       add_bias(b, at, n);
       coder_.gather(table_[1], transposed_[1], at, n, F{}, grads_);
-      for (int i = 0; i < n; i++) {
-        const F s = load<L>(scores_ + i * L);
-        store<L>(scores_ + i * L, p_.softmax ? vexp<L>(s - peak) * inverse : sigmoid(s));
-      }
+      pad(scores_, n, -kInf);
+      pad(grads_, n, 0.0f);
+      replace(n, [&](int k) {
+        const Wide s = load<kWide>(scores_ + k);
+        return p_.softmax ? vexp<kWide>(s - shift) * scale : sigmoid(s);
+      });
       if (p_.softmax && n == end - begin) {
         // The whole history is at hand: the mean of these very products cancels exactly where one event
         // has all the weight.
-        delta = sum_of(n, [&](int i) { return load<L>(scores_ + i * L) * load<L>(grads_ + i * L); });
+        delta = sum_of(n, [&](int k) { return load<kWide>(scores_ + k) * load<kWide>(grads_ + k); });
       }
-      for (int i = 0; i < n; i++) {
-        const F w = load<L>(scores_ + i * L), g = load<L>(grads_ + i * L);
-        store<L>(scores_ + i * L, p_.softmax ? w * (g - delta) : w * (1.0f - w) * (g + grad_total));
-      }
-      total += sum_of(n, [&](int i) { return load<L>(scores_ + i * L); });
+      const Wide mean = repeat(delta);
+      total += replace(n, [&](int k) {
+        const Wide w = load<kWide>(scores_ + k), g = load<kWide>(grads_ + k);
+        return p_.softmax ? w * (g - mean) : w * (1.0f - w) * (g + all);
+      });
       coder_.scatter(sums_, at, n, scores_);
       coder_.settle(sums_);
       if (args.grad_bias) collect_bias(b, at, n, args.grad_bias);
@@ -152,18 +155,53 @@ class Worker {
     return x < tiny ? tiny : x;  // NaN stays
   }
 
-  static F sigmoid(F s) { return 1.0f / (1.0f + vexp<L>(-s)); }
+  static Wide sigmoid(Wide s) { return 1.0f / (1.0f + vexp<kWide>(-s)); }
 
-  // Sum over i < n in two steps, whose rounding grows with the square root of what one step's would.
+  // The same lanes for each of the events of a wide step.
+  static Wide repeat(F v) {
+    Wide w;
+    for (int k = 0; k < kWide; k++) w[k] = v[k % L];
+    return w;
+  }
+
+  // Give the last wide step of n events a value where there is no event.
+  static void pad(float* values, int n, float value) {
+    for (int k = n * L; k % kWide; k++) values[k] = value;
+  }
+
+  // The largest of `peak` and the scores of n events.
+  F largest(int n, F peak) const {
+    Wide top = repeat(peak);
+    for (int k = 0; k < n * L; k += kWide) {
+      const Wide s = load<kWide>(scores_ + k);
+      top = s > top ? s : top;
+    }
+    for (int k = 0; k < kWide; k++) peak[k % L] = std::max(peak[k % L], top[k]);
+    return peak;
+  }
+
+  // Sum over n events in two steps, whose rounding grows with the square root of what one step's would.
   template <typename Term>
   static F sum_of(int n, Term term) {
-    F sum = F{};
-    for (int first = 0; first < n; first += 32) {
-      F part = F{};
-      for (int i = first; i < std::min(n, first + 32); i++) part += term(i);
+    Wide sum = Wide{};
+    for (int first = 0; first < n * L; first += 32 * kWide) {
+      Wide part = Wide{};
+      for (int k = first; k < std::min(n * L, first + 32 * kWide); k += kWide) part += term(k);
       sum += part;
     }
-    return sum;
+    F total = F{};
+    for (int k = 0; k < kWide; k++) total[k % L] += sum[k];
+    return total;
+  }
+
+  // Replace the scores of n events, and return the sum of what they become.
+  template <typename Value>
+  F replace(int n, Value value) {
+    return sum_of(n, [&](int k) {
+      const Wide v = value(k);
+      store<kWide>(scores_ + k, v);
+      return v;
+    });
   }
 
   static bool differ(F a, F b) {
