@@ -17,7 +17,7 @@ def main() -> None:
     folder, behaviour = Path(sys.argv[1]), sys.argv[2]
     rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     # The ranks must find each other in every attempt, also after some of them have died connected.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     total = torch.tensor(1)
     dist.all_reduce(total)
     if behaviour == "die-once" and attempt == "0" and rank == "1":

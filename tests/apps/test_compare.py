@@ -26,7 +26,7 @@ def _compare(options: dict, folder: Path, *arguments: str) -> subprocess.Complet
     file = folder / "options.yaml"
     file.write_text(yaml.safe_dump(options))
     command = [sys.executable, "-m", "apps.compare", "--config", str(file), *arguments]
-    return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_the_main_job_reports_every_arm_and_does_nothing_twice(tmp_path: Path) -
     assert list((run / "tensorboard").iterdir()) and list((run / "logs").rglob("stderr.log"))
 
     command = [sys.executable, "-m", "apps.evaluate", "--run", str(run), "--split", "test"]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     alone, together = json.loads(done.stdout), json.loads((run / "metrics.json").read_text())
     assert alone["slices"]["all"]["ne"] == pytest.approx(together["slices"]["all"]["ne"], abs=1e-6)

@@ -18,7 +18,8 @@ from torchrec_sid.parallel.planner_config import PlannerConfig, TopologyConfig
 from torchrec_sid.parallel.sharding import shard_model
 from torchrec_sid.parallel.tables import local_shards
 
-ROUNDS = 6
+ROUNDS, MOST_ROUNDS = 6, 40
+PATIENCE = 240
 
 
 def make_state():
@@ -69,7 +70,10 @@ def test_the_newest_checkpoint_always_loads(tmp_path):
     context = multiprocessing.get_context("fork")
     chance = random.Random(7)
     before = torn = 0
-    for attempt in range(ROUNDS):
+    for attempt in range(MOST_ROUNDS):
+        # A kill between two checkpoints shows nothing: go on until some have hit one being written.
+        if attempt >= ROUNDS and torn:
+            break
         with tempfile.TemporaryDirectory() as rendezvous:
             ranks = [
                 context.Process(
@@ -79,7 +83,7 @@ def test_the_newest_checkpoint_always_loads(tmp_path):
             ]
             for process in ranks:
                 process.start()
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while newest(tmp_path) <= before and time.monotonic() < deadline:
                 assert all(process.is_alive() for process in ranks), f"a rank failed in round {attempt}"
                 time.sleep(0.01)
@@ -89,7 +93,7 @@ def test_the_newest_checkpoint_always_loads(tmp_path):
             for process in victims:
                 os.kill(process.pid, signal.SIGKILL)
             for process in ranks:
-                process.join(30)
+                process.join(PATIENCE)
                 assert not process.is_alive(), "the other rank did not notice"
         assert newest(tmp_path) > before
         before = newest(tmp_path)

@@ -128,5 +128,5 @@ def test_files_of_other_ranks_must_become_visible(tmp_path):
 
     thread = threading.Thread(target=appear)
     thread.start()
-    require_visible(tmp_path, records, timeout_seconds=10)
+    require_visible(tmp_path, records, timeout_seconds=120)
     thread.join()
