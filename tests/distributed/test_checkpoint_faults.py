@@ -130,6 +130,29 @@ def test_another_run(good):
     assert "entries that this state lacks, the first is optimizer.state.ebc" in messages[4]
 
 
+def load_with_longer_catalogs(folder):
+    """What loading gives where the catalog continues the saved one, and where it does not."""
+    found = []
+    for lineage in (["a" * 64, "b" * 64], ["c" * 64, "b" * 64]):
+        model, combined = make("table_wise", "row_wise", "rowwise_adagrad", momentum=0.0)
+        prepare_to_load(combined)
+        with CheckpointManager(
+            folder, identity={"catalog": lineage[-1]}, accepts={"catalog": lineage.__contains__}
+        ) as manager:
+            try:
+                found.append(manager.load(manager.latest(), training_state(model, combined)))
+            except SidError as error:
+                found.append(str(error))
+    return found
+
+
+def test_a_catalog_that_was_appended_to_is_accepted(good):
+    (extended, another), second = run_ranks(load_with_longer_catalogs, 2, good)
+    assert [extended, another] == second
+    assert extended == {"step": 2}
+    assert "this run has catalog bbbbbbbbbbbb" in another
+
+
 def save_sharded(folder, bags, optimizer, momentum):
     model, combined = make(bags, "row_wise", optimizer, momentum=momentum)
     prepare_to_load(combined)

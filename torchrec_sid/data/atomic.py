@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torchrec_sid import artifact
 from torchrec_sid.errors import SidError
-
-_log = logging.getLogger(__name__)
-
 
 _CANNOT_WRITE = {
     errno.ENOSPC,
@@ -30,22 +26,13 @@ _CANNOT_WRITE = {
 
 @contextmanager
 def folder_lock(path: Path) -> Iterator[None]:
-    """Hold the exclusive lock of a folder that may not exist yet; others wait.
-
-    The lock is the file ``.<name>.lock`` beside the folder; the system frees it when a process dies.
+    """:func:`torchrec_sid.artifact.folder_lock`, for making the folder under it.
 
     Raises:
         SidError: there, or in what runs under the lock, a disk is full or may not be written.
     """
-    with _readable_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".{path.name}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                # Some network file systems have no locks; the rename at the end is atomic all the same.
-                _log.warning("%s cannot be locked (%s)", path, error)
-            yield
+    with _readable_errors(path), artifact.folder_lock(path):
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -55,6 +55,8 @@ class CheckpointManager:
             on; a failure surfaces at the next call. At most one write is in flight.
         identity: what the state depends on, name -> fingerprint, e.g. ``{"catalog": catalog.fingerprint}``.
             Saved with each checkpoint; :meth:`load` refuses a checkpoint with another value.
+        accepts: name in ``identity`` -> whether a checkpoint with that other value may be loaded all the
+            same, e.g. ``{"catalog": catalog.extends}``: one that was only appended to.
 
     Raises:
         SidError: ``keep`` below 1, or the directory cannot be created or written.
@@ -73,6 +75,7 @@ class CheckpointManager:
         keep: int = 2,
         asynchronous: bool = False,
         identity: Mapping[str, str] | None = None,
+        accepts: Mapping[str, Callable[[str], bool]] | None = None,
     ) -> None:
         if keep < 1:
             raise SidError("checkpoint.keep", str(keep), "Keep at least 1 checkpoint.")
@@ -80,6 +83,7 @@ class CheckpointManager:
         self.keep = keep
         self.asynchronous = asynchronous
         self.identity = dict(identity or {})
+        self.accepts = dict(accepts or {})
         self._ranks = Ranks.open()
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
@@ -283,7 +287,11 @@ class CheckpointManager:
     def _check_identity(self, info: CheckpointInfo) -> None:
         for name, value in self.identity.items():
             saved = info.identity.get(name)
-            if saved != value:
+            if saved is not None and saved != value and name in self.accepts and self.accepts[name](saved):
+                logger.info(
+                    "%s was trained with %s %s, which %s continues", info.path, name, saved[:12], value[:12]
+                )
+            elif saved != value:
                 found = f"{name} {saved[:12]}" if saved else f"no {name}"
                 raise SidError(
                     str(info.path),

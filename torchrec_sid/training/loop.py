@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,15 +16,18 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_sid.data.batch import RankingBatch
+from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SlicedMetrics, SliceMetrics
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
 from torchrec_sid.training.progress import TrainingProgress
 
+logger = logging.getLogger(__name__)
+
 
 class Batches(Protocol):
-    """A sized stream of batches, the same number on every rank."""
+    """A sized stream of batches."""
 
     def __len__(self) -> int: ...
 
@@ -123,7 +127,8 @@ class TrainingLoop:
         """Train until ``epochs`` are complete, or ``max_steps`` steps are done in all.
 
         Args:
-            open_epoch: ``(epoch, first_batch)`` -> the batches of that epoch from that one on.
+            open_epoch: ``(epoch, first_batch)`` -> the batches of that epoch from that one on. A rank with
+                more of them than the others leaves out its last ones: no rank waits for one that is done.
             epochs: passes over the data, those before a resume included.
             max_steps: stop after this many steps in all.
             progress: where to show it.
@@ -135,8 +140,15 @@ class TrainingLoop:
             schedule(self.position.step)
         first, started, examples, waits = self.position.step, time.perf_counter(), 0, _Waits()
         while self.position.epoch < epochs:
-            limit = None if max_steps is None else max_steps - self.position.step
             batches = open_epoch(self.position.epoch, self.position.batch)
+            counts = self._counts(len(batches))
+            limit = min(counts)
+            if limit < max(counts):
+                logger.warning(
+                    "ranks have %d to %d batches; the last ones are left out", limit, max(counts)
+                )
+            if max_steps is not None:
+                limit = min(limit, max_steps - self.position.step)
             for output in self._progress(waits.watch(itertools.islice(batches, limit))):
                 self._advance()
                 examples += len(output.labels)
@@ -178,7 +190,17 @@ class TrainingLoop:
             batches: this rank's part of the evaluation.
             batch_size: rows per rank and batch.
             world_size: number of ranks.
+
+        Raises:
+            SidError: a rank has fewer batches than another, on every rank: some rows would not count.
         """
+        counts = self._counts(len(batches))
+        if min(counts) < max(counts):
+            raise SidError(
+                "batches of the evaluation",
+                f"{counts} by rank",
+                "Pad with rows of weight 0, as BatchReader does.",
+            )
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         rows = len(batches) * batch_size * world_size
         metrics = SlicedMetrics(rows, batch_size, rank, world_size, device=self.device)
@@ -192,6 +214,15 @@ class TrainingLoop:
                     segment=output.segment,
                 )
         return metrics.compute()
+
+    def _counts(self, mine: int) -> list[int]:
+        """One number of every rank; a collective call."""
+        if not torch.distributed.is_initialized():
+            return [mine]
+        own = torch.tensor([mine], device=self.device)
+        all_ranks = [torch.empty_like(own) for _ in range(_world_size())]
+        torch.distributed.all_gather(all_ranks, own)
+        return [int(count) for count in all_ranks]
 
     def _advance(self) -> None:
         at = self.position
