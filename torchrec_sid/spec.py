@@ -108,6 +108,8 @@ class SidSpec:
             )
         if codes.dtype.is_floating_point or codes.dtype == torch.bool:
             raise SidError(where, f"dtype {codes.dtype}", "Codes are integers: pass int64.")
+        if torch.compiler.is_compiling():  # values are not known in a graph
+            return
         if not codes.numel():
             return
         limits = torch.tensor(self.cardinalities, device=codes.device)

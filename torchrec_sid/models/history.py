@@ -103,7 +103,8 @@ class TargetAttention(nn.Module):
                 raise SidError("pools", f"{self.config.pools} without content", "Set pools=0.")
             gated = content.values().unsqueeze(1) * self.gate(action).unsqueeze(2)
             parts.append(gated.flatten(1))
-        bound = self.config.max_length if lengths.is_cuda else max(1, int(lengths.max()))
+        whole = lengths.is_cuda or torch.compiler.is_compiling()
+        bound = self.config.max_length if whole else max(1, int(lengths.max()))
         padded = torch.ops.fbgemm.jagged_to_padded_dense(
             torch.cat(parts, dim=1), [actions.offsets()], [bound], 0.0
         )

@@ -1,7 +1,8 @@
 """Checks on a batch, run inside the transforms so that they hold in eager mode, under DMP and pipelined.
 
 On the CPU they name the first bad value. On an accelerator a range check would have to wait for the
-device, so it is a device-side assertion there: it stops the run and names the feature, not the value.
+device, and in an exported program there is no Python to look: it is an assertion of the graph there, which
+stops the run and names the feature, not the value.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def check_kjt(features: KeyedJaggedTensor, needed: Sequence[str], *, weighted: b
         )
     name = f"features {list(needed)}" if len(needed) > 1 else f"feature {needed[0]!r}"
     check_layout(name, features.values())
+    if torch.compiler.is_compiling():  # what follows compares data; a program's inputs have one length each
+        return
     if (
         not features.variable_stride_per_key()
         and features.lengths().numel() != len(present) * features.stride()
@@ -99,7 +102,7 @@ def check_packed(feature: str, packed: Tensor, spec: SidSpec) -> Tensor | None:
     Raises:
         SidError: naming the feature, the value and its codes (on the CPU).
     """
-    if packed.device.type != "cpu":
+    if packed.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(
             (_within(packed, spec) | (packed == -1)).all(),
             f"feature {feature!r}: a packed SID is outside its alphabet {spec.cardinalities}",

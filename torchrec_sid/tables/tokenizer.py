@@ -29,6 +29,8 @@ class Tokens(NamedTuple):
 
     def flat(self) -> Tensor:
         """``[sum of counts]`` int64: the pieces, SID by SID. Waits for the device: its length is data."""
+        if torch.compiler.is_compiling():
+            return self.ids[self.ids >= 0].to(torch.int64)
         stops = self.counts.cumsum(0)
         total = int(stops[-1]) if len(stops) else 0
         result = torch.empty(total + 1, dtype=torch.int64, device=self.ids.device)
@@ -76,7 +78,9 @@ class SidTokenizer(nn.Module):
 
     def forward(self, packed: Tensor) -> Tokens:
         """Packed SIDs ``[n]`` int64 within their alphabet -> :class:`Tokens`; never waits for a GPU."""
-        if packed.device.type != "cpu" or packed.numel() <= _CHUNK:
+        # Neither a GPU nor an exported program is asked for sizes or values here.
+        compiled = torch.compiler.is_compiling()
+        if packed.device.type != "cpu" or compiled or packed.numel() <= _CHUNK:
             ids = self._cut(packed)
         else:
             ids = torch.cat([self._cut(piece) for piece in packed.split(_CHUNK)], dim=1)
@@ -190,7 +194,8 @@ class MergePath(nn.Module):
             joined = span_at.index_select(0, row).view(inner, n).add_(items).view(-1)
             key = rank.index_select(0, joined).view(inner, n).bitwise_or_(where + 1)
             best = key.amin(dim=0)
-            if best.device.type == "cpu" and bool((best == _NO_RANK).all()):
+            look = best.device.type == "cpu" and not torch.compiler.is_compiling()
+            if look and bool((best == _NO_RANK).all()):
                 break
             cuts = cuts.bitwise_xor_(self.bit_of.index_select(0, best.bitwise_and_(15)))
         ends: list[Tensor] = []

@@ -121,6 +121,8 @@ class SidTransform(nn.Module):
         new_lengths: list[Tensor] = []
         new_weights: list[Tensor] = []
         sources: list[int] = []
+        # Known here; TorchRec would add the lengths up and wait for the device.
+        sizes = [found.numel() for found in rows]
         for j, i in enumerate(self._source_of):
             place = places[i]
             lengths = features.lengths()[starts[place] : starts[place + 1]]
@@ -141,6 +143,7 @@ class SidTransform(nn.Module):
             count = counts[j]
             assert count is not None
             rows.append(count)
+            sizes.append(count.numel())
             new_lengths.append(features.lengths()[starts[place] : starts[place + 1]])
             if self._weighted:
                 new_weights.append(features.weights()[offsets[place] : offsets[place + 1]])
@@ -158,6 +161,7 @@ class SidTransform(nn.Module):
             lengths=_cat(new_lengths),
             stride=None if strides is not None else features.stride(),
             stride_per_key_per_rank=strides,
+            length_per_key=sizes,
             inverse_indices=inverse,
         )
 
