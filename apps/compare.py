@@ -16,26 +16,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from apps.cli import parse_config, plain_errors
 from apps.launch import launch_training
-from apps.quantize_report import plot_quality
+from apps.learn_sids import LearnedSids, SidRecipe, learn_sids, sid_options
 from apps.report import markdown_table, summarise_arm, terminal_table, write_report
-from apps.session import TrainConfig
+from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
-from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
-from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
-from torchrec_sid.models.arms import ARMS, arm_named
 from torchrec_sid.models.build import RankingConfig
-from torchrec_sid.quantizers import ResidualKMeans, ResidualKMeansConfig
-from torchrec_sid.quantizers.impressions import sample_impressed
+from torchrec_sid.models.channels import ARMS, arm_named
+from torchrec_sid.quantizers import DiscretePcaConfig, ResidualKMeansConfig
+from torchrec_sid.tables.pieces import PieceTrainerConfig
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,8 @@ class CompareConfig:
     """Folder of the report, the catalog and the runs."""
     data: str | None = None
     """Folder of a log; default: a synthetic one, made in OUTPUT/synthetic."""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Which arms, see torchrec_sid/models/arms.py."""
+    arms: tuple[str, ...] = ARMS
+    """Which arms, see torchrec_sid/models/channels.py."""
     seeds: int = 1
     """Trainings per arm, seeds 0 .. SEEDS - 1."""
     processes: int = 2
@@ -59,7 +55,9 @@ class CompareConfig:
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """The log made where no data is given."""
     quantizer: ResidualKMeansConfig = field(default_factory=lambda: ResidualKMeansConfig((16, 16, 16)))
-    """What learns the SIDs."""
+    """What learns the SIDs of tables."""
+    side: DiscretePcaConfig = field(default_factory=lambda: DiscretePcaConfig.trits(25))
+    """What learns the SIDs that the channel side computes with."""
     model: RankingConfig = field(default_factory=RankingConfig)
     """Backbone; its arm is ignored."""
     batch_size: int = 512
@@ -95,8 +93,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     with console.status(f"preparing {data}"):
         log = prepare(data, output / "prepared", PrepareConfig())
     with console.status("learning SIDs"):
-        catalog = _learn_sids(config, data, log, output / "sids")
-    runs = _train_all(config, data, log, catalog, output, console)
+        sids = _learn_sids(config, data, log, output / "sids")
+    runs = _train_all(config, data, log, sids, output, console)
     report = {
         "dataset": data.name,
         "world_size": config.processes,
@@ -106,7 +104,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         "evaluated_on": config.evaluate_on,
         "arms": [summarise_arm(runs[name]) for name in config.arms],
     }
-    write_report(report, output, sorted((output / "sids").glob("*.png")))
+    write_report(report, output, sorted((output / "sids").glob("*/*.png")))
     (output / "report.md").write_text(markdown_table(report))
     return report
 
@@ -117,29 +115,27 @@ def _synthesise(config: CompareConfig, path: Path, console: Console) -> Path:
     return path
 
 
-def _learn_sids(config: CompareConfig, data: Path, log: PreparedLog, output: Path) -> SidCatalog:
-    """Fit on the traffic of the training period, as in production; encode later items like new ones."""
-    folder = LogFolder.open(data)
-    matrix = torch.from_numpy(np.array(folder.embedding_matrix(config.source))).float()
-    impressions = torch.from_numpy(np.array(log.item_train_events))
-    seen = impressions > 0
-    quantizer = ResidualKMeans(matrix.shape[1], config.quantizer)
-    quantizer.fit(sample_impressed(matrix, impressions, seed=config.quantizer.seed))
-    mark = quantizer.save(output / "quantizer.safetensors")
-    held_out = matrix if bool(seen.all()) else matrix[~seen]
-    quality = quantizer.quality(held_out)
-    write_json(output / "quality.json", quality.to_dict())
-    plot_quality(quality, output / "quality.png")
-    codes = quantizer.encode(matrix)
-    path = output / "catalog"
-    return SidCatalog.create(path, quantizer.spec, np.array(log.item_ids), codes, mark, overwrite=True)
+def _learn_sids(
+    config: CompareConfig, data: Path, log: PreparedLog, output: Path
+) -> dict[str, LearnedSids]:
+    """The catalog of the tables, and the one of SIDE, as far as the arms need them."""
+    arms = [arm_named(name) for name in config.arms]
+    learned = {}
+    if any(arm.needs_catalog for arm in arms):
+        pieces = PieceTrainerConfig(config.model.table_rows - 1)
+        needed = any(arm.needs_pieces for arm in arms)
+        recipe = SidRecipe(config.quantizer, config.source, pieces=pieces if needed else None)
+        learned["tables"] = learn_sids(recipe, data, log, output / "tables")
+    if any(arm.needs_side for arm in arms):
+        learned["side"] = learn_sids(SidRecipe(config.side, config.source), data, log, output / "side")
+    return learned
 
 
 def _train_all(
     config: CompareConfig,
     data: Path,
     log: PreparedLog,
-    catalog: SidCatalog,
+    sids: dict[str, LearnedSids],
     output: Path,
     console: Console,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -162,14 +158,14 @@ def _train_all(
                     data=str(data),
                     output=str(output / "runs" / f"{name}-seed{seed}"),
                     prepared=str(output / "prepared"),
-                    catalog=str(catalog.path) if arm_named(name).needs_catalog else None,
+                    **sid_options(arm_named(name), sids.get("tables"), sids.get("side")),
                     source=config.source,
                     model=replace(config.model, arm=name),
                     batch_size=config.batch_size,
                     evaluate_on=config.evaluate_on,
                     seed=seed,
                 )
-                marks = {"log": log.fingerprint, "catalog": catalog.fingerprint}
+                marks = {"log": log.fingerprint} | {kind: s.fingerprint for kind, s in sids.items()}
                 if not _is_done(run, config.processes, marks):
                     launch_training(
                         run, config.processes, on_line=lambda line: bar.update(task, note=_note(line))

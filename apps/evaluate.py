@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from apps.cli import parse_config, plain_errors
-from apps.session import TrainConfig, open_session, start_processes
+from apps.session import open_session, start_processes
+from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import ArtifactError, SidError
 

@@ -11,7 +11,7 @@ import yaml
 from torchx.runner import get_runner
 from torchx.specs import AppState
 
-from apps.session import TrainConfig
+from apps.train_config import TrainConfig
 from torchrec_sid.errors import SidError
 
 _COMPONENT = str(Path(__file__).with_name("components.py")) + ":train"

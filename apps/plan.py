@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apps.cli import parse_config, plain_errors
-from apps.plan_arms import PLAN_ARMS, LogSizes, PlanInputs
+from apps.plan_arms import PLAN_ARMS, PlanInputs
 from apps.plan_compare import compare_arms
 from apps.plan_report import plan_page, side_by_side_table
 from apps.session import mean_history
@@ -27,7 +27,7 @@ from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
-from torchrec_sid.models.build import RankingConfig
+from torchrec_sid.models.build import LogSizes, RankingConfig
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import save_plan
 from torchrec_sid.parallel.plan_summary import format_summary

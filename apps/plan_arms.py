@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 
-from torchrec_sid.models.arms import ItemInputs, ItemModules, arm_named
-from torchrec_sid.models.build import RankingConfig
-from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain
-from torchrec_sid.models.history import HistoryConfig
+from torchrec_sid.models.build import LogSizes, RankingConfig, build_ranking
+from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces
 
 META = torch.device("meta")
-
-
-class LogSizes(NamedTuple):
-    """What a model needs to know of its log."""
-
-    items: int
-    """N."""
-    actions: int
-    """Distinct actions of a history event."""
-    dense_names: tuple[str, ...]
-    """Names of the dense features."""
+SIDE_DIM = 384
+"""Dimensions into which the SIDs of the SIDE arm decode; only the dense parameters depend on it."""
 
 
 @dataclass(frozen=True)
@@ -63,46 +52,37 @@ class ArmPlanInput(NamedTuple):
 
 def full_id(inputs: PlanInputs, items: int) -> ArmPlanInput:
     """Tables with a row for every item."""
-    return ArmPlanInput(_ranking("full_id", inputs, items), _lengths(inputs), 8)
+    return _arm("full_id", inputs, items)
 
 
 def hashed_prefix(inputs: PlanInputs, items: int) -> ArmPlanInput:
     """Prefix n-grams of the SID, hashed into ``table_rows`` rows."""
-    return ArmPlanInput(_ranking("hashed_prefix", inputs, items), _lengths(inputs), inputs.spec.nbytes)
+    return _arm("hashed_prefix", inputs, items)
 
 
 def sentence_piece(inputs: PlanInputs, items: int) -> ArmPlanInput:
     """One row per piece; an item is as many rows as its SID has pieces.
 
-    Of the vocabulary only its size and the pieces per item matter here, so the tables are stock
-    collections over piece ids and no vocabulary need exist yet.
+    Of the vocabulary only its size and the pieces per item matter here: no vocabulary need exist yet.
     """
-    dim = inputs.model.dim
-    rows = inputs.pieces
-    candidate = EmbeddingBagCollection(
-        [
-            EmbeddingBagConfig(
-                name="t_item", feature_names=["item_sid"], num_embeddings=rows, embedding_dim=dim
-            )
-        ],
-        device=META,
+    rows = torch.zeros(inputs.pieces, dtype=torch.int64)
+    pieces = SidPieces(
+        inputs.spec,
+        PieceTrainerConfig(vocab_size=max(2, inputs.pieces)),
+        starts=rows,
+        stops=rows,
+        bits=rows,
+        scores=rows.float(),
+        model_proto=torch.zeros(0, dtype=torch.uint8),
+        pieces_per_item=inputs.pieces_per_item,
     )
-    history = EmbeddingCollection(
-        [
-            EmbeddingConfig(
-                name="t_history", feature_names=["history_sid"], num_embeddings=rows, embedding_dim=dim
-            )
-        ],
-        device=META,
-    )
-    module = _ranker(ItemModules(candidate, history), "history_sid", inputs)
     lengths = {name: n * inputs.pieces_per_item for name, n in _lengths(inputs).items()}
-    return ArmPlanInput(module, lengths, inputs.spec.nbytes)
+    return _arm("sentencepiece", inputs, items, lengths, pieces)
 
 
 def side(inputs: PlanInputs, items: int) -> ArmPlanInput:
-    """Vectors computed from the codes by frozen constants: no table, nothing to send."""
-    return ArmPlanInput(_ranking("none", inputs, items), _lengths(inputs), inputs.side_spec.nbytes)
+    """Attention over packed codes, by frozen constants: no table, nothing to send."""
+    return _arm("side", inputs, items)
 
 
 PLAN_ARMS: dict[str, Callable[[PlanInputs, int], ArmPlanInput]] = {
@@ -114,40 +94,25 @@ PLAN_ARMS: dict[str, Callable[[PlanInputs, int], ArmPlanInput]] = {
 """Name -> how to build it for a number of items."""
 
 
-def _ranking(name: str, inputs: PlanInputs, items: int) -> nn.Module:
+def _arm(
+    name: str,
+    inputs: PlanInputs,
+    items: int,
+    lengths: dict[str, float] | None = None,
+    pieces: SidPieces | None = None,
+) -> ArmPlanInput:
     """The model that ``apps.train`` builds for an arm, by the same names, so that its plan fits."""
-    arm = arm_named(name)
-    sizes = ItemInputs(
-        items=items,
-        dim=inputs.model.dim,
-        table_rows=inputs.model.table_rows,
+    digits = torch.randn(inputs.side_spec.levels, SIDE_DIM, generator=torch.Generator().manual_seed(0))
+    ranking = build_ranking(
+        replace(inputs.model, arm=name),
+        inputs.log._replace(items=items),
         spec=inputs.spec,
+        pieces=pieces,
+        basis=FrozenBasis.from_digits(inputs.side_spec, digits),
         device=META,
     )
-    feature = arm.item_fields[1] if arm.item_fields else "history"
-    return _ranker(arm.build(sizes), feature, inputs)
-
-
-def _ranker(modules: ItemModules, history_feature: str, inputs: PlanInputs) -> nn.Module:
-    model = inputs.model
-    config = HistoryConfig(
-        dim=model.dim,
-        heads=model.heads,
-        actions=inputs.log.actions,
-        pools=model.pools,
-        max_length=model.history_length,
-    )
-    ranker = HistoryDLRM(
-        modules.candidate,
-        modules.history,
-        len(inputs.log.dense_names),
-        config,
-        dense_layers=model.dense_layers,
-        over_layers=model.over_layers,
-        history_feature=history_feature,
-        device=META,
-    )
-    return HistoryDLRMTrain(ranker)
+    size = ranking.arm.bytes_per_event(ranking.inputs)
+    return ArmPlanInput(ranking.module, lengths or _lengths(inputs), size)
 
 
 def _lengths(inputs: PlanInputs) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_sid.catalog import SidCatalog
+from apps.item_sids import open_item_sids
+from apps.train_config import TrainConfig
 from torchrec_sid.data.batch import BatchConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
@@ -20,10 +21,9 @@ from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SliceMetrics
-from torchrec_sid.models.arms import arm_named
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
+from torchrec_sid.models.channels import arm_named
 from torchrec_sid.parallel.checkpoint import CheckpointManager
-from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import load_plan, plan_to_json
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.planner_file import load_planner_config
@@ -31,52 +31,6 @@ from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.schedule import LinearDecay
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run."""
-
-    data: str
-    """Folder of the log, in the format of docs/data.md."""
-    output: str
-    """Run directory: configuration, plan, metrics, checkpoints, TensorBoard."""
-    prepared: str | None = None
-    """Folder of the prepared log, made there if it is not up to date; default: OUTPUT/prepared."""
-    catalog: str | None = None
-    """SidCatalog, for arms over SIDs."""
-    source: str | None = None
-    """Embedding source of the arms over content; default: the log's own default."""
-    model: RankingConfig = field(default_factory=RankingConfig)
-    """Backbone and arm."""
-    tables: TableOptimizer = field(default_factory=lambda: TableOptimizer("adagrad", lr=0.02))
-    """Optimizer of the embedding tables."""
-    dense_lr: float = 2e-3
-    """First learning rate of Adam on everything else; it falls linearly over the run."""
-    batch_size: int = 512
-    """Rows per step over all processes."""
-    epochs: int = 1
-    """Passes over the training events."""
-    max_steps: int | None = None
-    """Stop after this many steps."""
-    evaluate_on: str = "test"
-    """Split of the final metrics: valid or test."""
-    seed: int = 0
-    """Of the weights."""
-    workers: int = 0
-    """Processes per rank that read batches ahead."""
-    pipelined: bool = True
-    """Distribute the ids of the next batch while this one is computed."""
-    plan: str | None = None
-    """Sharding plan (JSON) to follow; default: make one."""
-    planner: str | None = None
-    """Planner configuration (YAML or TOML) to make one with."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
-    asynchronous_checkpoints: bool = False
-    """Write checkpoints in the background."""
-    profile: int = 0
-    """Steps to profile; writes traces and their parts to OUTPUT/profile."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +50,9 @@ class Session:
     trained_parameters: int
     """Elements of all parameters, tables included."""
     item_sids: Tensor | None
-    """``[N]`` int64 packed SID of each item, for arms over SIDs."""
+    """``[N]`` int64 packed SID of each item, for channels with tables over SIDs."""
+    sid_bytes: Tensor | None
+    """``[N, nbytes]`` uint8 packed SID of each item, for the channel side."""
 
     @property
     def steps(self) -> int:
@@ -125,6 +81,7 @@ class Session:
             seed=self.config.seed,
             start_batch=start_batch,
             item_sids=self.item_sids,
+            sid_bytes=self.sid_bytes,
             workers=self.config.workers,
         )
 
@@ -164,12 +121,15 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
             "batch_size", f"{config.batch_size} over {ranks.size} processes", "Choose a multiple of them."
         )
     log = _open_log(config, ranks)
-    catalog = _open_catalog(config)
+    sids = open_item_sids(config, log)
     torch.manual_seed(config.seed)
     ranking = build_ranking(
         config.model,
         log,
-        spec=catalog.spec if catalog else None,
+        spec=sids.catalog.spec if sids.catalog else None,
+        pieces=sids.pieces,
+        basis=sids.basis,
+        side_bytes=sids.item_bytes,
         content=_content(config),
         device=device,
     )
@@ -186,8 +146,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         feature_lengths=lengths,
     )
     identity = {"log": log.fingerprint, "seed": str(config.seed)}
-    if catalog is not None:
-        identity["catalog"] = catalog.fingerprint
+    identity |= {name: catalog.fingerprint for name, catalog in sids.catalogs.items()}
     dense: list[torch.optim.Optimizer] = []
 
     def make_dense(parameters: Any) -> torch.optim.Optimizer:
@@ -211,9 +170,20 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         },
         pipelined=config.pipelined,
     )
-    sids = None if catalog is None else catalog.lookup(torch.from_numpy(np.array(log.item_ids)))
     schedule = LinearDecay(dense[0], _steps(config, log))
-    return Session(config, ranks, log, ranking, sharded, loop, schedule, identity, parameters, sids)
+    return Session(
+        config,
+        ranks,
+        log,
+        ranking,
+        sharded,
+        loop,
+        schedule,
+        identity,
+        parameters,
+        sids.item_sids,
+        sids.item_bytes,
+    )
 
 
 def _steps(config: TrainConfig, log: PreparedLog) -> int:
@@ -227,17 +197,11 @@ def _open_log(config: TrainConfig, ranks: Ranks) -> PreparedLog:
     return PreparedLog.open(out)
 
 
-def _open_catalog(config: TrainConfig) -> SidCatalog | None:
-    if not arm_named(config.model.arm).needs_catalog:
-        return None
-    if config.catalog is None:
-        raise SidError("catalog", f"missing, but arm {config.model.arm!r} reads SIDs", "Pass --catalog.")
-    return SidCatalog.open(config.catalog)
-
-
 def mean_history(config: RankingConfig, log: PreparedLog) -> float:
     """Mean events per example in the first training rows, for the planner."""
     rows = min(4096, log.rows("train"))
+    if not config.history_length:
+        return 0.0
     batch = BatchConfig(rows, config.history_length, ("history_action",))
     return float(next(iter(BatchReader(log, "train", batch))).history_lengths.double().mean())
 

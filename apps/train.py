@@ -20,7 +20,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.tensorboard import SummaryWriter
 
 from apps.cli import parse_config, plain_errors
-from apps.session import Session, TrainConfig, open_session, start_processes
+from apps.session import Session, open_session, start_processes
+from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
 from torchrec_sid.doctor import find_versions
 from torchrec_sid.models.dlrm import RankingOutput

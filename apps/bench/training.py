@@ -31,8 +31,8 @@ from torchrec_sid.data.prepare import prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
-from torchrec_sid.models.arms import ARMS
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
+from torchrec_sid.models.channels import ARMS
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
@@ -52,7 +52,7 @@ class BenchConfig:
     """Steps of each measurement."""
     repeats: int = 5
     """Measurements of each kind, alternating."""
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = ARMS
     """Which arms."""
 
 

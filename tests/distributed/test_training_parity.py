@@ -1,6 +1,7 @@
 """Two processes, sharded and pipelined, train exactly like one process without TorchRec's machinery."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from tests.logs import SPEC, random_sids, small_log
 from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
-from torchrec_sid.models.arms import ARMS
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.initialise import initialise_tables
@@ -20,18 +20,28 @@ from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.sharding import shard_model
 from torchrec_sid.parallel.tables import find_tables
+from torchrec_sid.side.basis import FrozenBasis
+from torchrec_sid.spec import SidSpec
 from torchrec_sid.training.loop import TrainingLoop
 
 BATCHES, EPOCHS, GLOBAL_BATCH, SEED = 3, 5, 128, 3
 STEPS = BATCHES * EPOCHS
 TABLES = TableOptimizer("adagrad", lr=0.05)
+SIDE = SidSpec((3,) * 10)
+TRANSFORMER = " in a transformer"
+ARMS = ("none", "full_id", "dense", "hashed_prefix", "full_id+side", "hashed_prefix+side" + TRANSFORMER)
 
 
 def _ranking(arm: str, log: PreparedLog) -> Ranking:
     torch.manual_seed(SEED)
     content = torch.randn(log.items, 12, generator=torch.Generator().manual_seed(1))
     config = RankingConfig(arm=arm, dim=16, history_length=20, table_rows=100)
-    return build_ranking(config, log, spec=SPEC, content=content)
+    if arm.endswith(TRANSFORMER):
+        config = replace(config, arm=arm.removesuffix(TRANSFORMER), encoder_layers=2, interaction="dcn")
+    directions = torch.randn(10, 12, generator=torch.Generator().manual_seed(2))
+    return build_ranking(
+        config, log, spec=SPEC, content=content, basis=FrozenBasis.from_digits(SIDE, directions)
+    )
 
 
 def _read(log: PreparedLog, ranking: Ranking, split: str = "train", start: int = 0) -> BatchReader:
@@ -44,6 +54,9 @@ def _read(log: PreparedLog, ranking: Ranking, split: str = "train", start: int =
         world_size=world,
         start_batch=start,
         item_sids=random_sids(log.items),
+        sid_bytes=SIDE.pack_bytes(
+            torch.randint(0, 3, (log.items, 10), generator=torch.Generator().manual_seed(4))
+        ),
     )
 
 
@@ -54,7 +67,7 @@ def _epoch(log: PreparedLog, ranking: Ranking, start: int = 0) -> list[RankingBa
 
 def _dense(parameters):
     # Not Adam: it turns rounding noise of a gradient near zero into a whole step.
-    return torch.optim.SGD(parameters, lr=0.5)
+    return torch.optim.SGD(parameters, lr=0.2)
 
 
 def _train_plainly(arm: str, log: PreparedLog) -> list[float]:

@@ -23,5 +23,5 @@ def test_the_yaml_example_loads(tmp_path):
     [example] = blocks("yaml")
     (tmp_path / "planner.yaml").write_text(example)
     config = load_planner_config(tmp_path / "planner.yaml")
-    assert config.tables["t_item"].cache_load_factor == 0.2
+    assert config.tables["t_item_prefix"].cache_load_factor == 0.2
     assert config.topology.value("inter_node_gbps") == 25

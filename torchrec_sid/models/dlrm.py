@@ -1,18 +1,19 @@
-"""A DLRM with target attention over a history: one backbone for every way to embed an item."""
+"""A DLRM over channels: one backbone for every way in which an item reaches it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 from torchrec.models.dlrm import DenseArch, OverArch
+from torchrec.modules.crossnet import LowRankCrossNet
 
 from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.devices import buffer_device
-from torchrec_sid.models.history import HistoryConfig, TargetAttention
+from torchrec_sid.models.attend import ItemChannel
 
 
 class RankingOutput(NamedTuple):
@@ -31,20 +32,21 @@ class RankingOutput(NamedTuple):
 
 
 class HistoryDLRM(nn.Module):
-    """Dense features, a candidate item and a history of items -> one logit.
+    """Dense features, a candidate item and a history of items, through any channels -> logits.
 
-    The item collections are anything with the interface of TorchRec's: a stock
-    ``EmbeddingBagCollection`` / ``EmbeddingCollection`` over raw ids, their SID counterparts, or content
-    towers. ``forward`` is straight-line, so that TorchRec's pipelines can trace it.
+    A channel is a module ``(features, item_bytes, history_bytes) -> ChannelOutput``, see
+    :mod:`torchrec_sid.models.attend`. ``forward`` is straight-line, so that TorchRec's pipelines can
+    trace it.
 
     Args:
-        candidate: KeyedJaggedTensor -> KeyedTensor ``[B, D]`` of the feature ``item``; None for a model
-            without any item feature.
-        history: KeyedJaggedTensor -> ``{history_feature: JaggedTensor}``, values ``[events, D]``, or None.
+        channels: name -> channel.
         dense_in_features: F, columns of the dense input.
-        config: sizes of the history encoder; its ``dim`` is D. Without ``history`` there are no pools.
+        dim: D, width of all fields.
         dense_layers, over_layers: hidden widths of the two MLPs.
-        history_feature: key of the history in what ``history`` returns.
+        interaction: ``dot``: every field and all pairwise products, as in DLRM; ``dcn``: low-rank cross
+            layers over the concatenated fields, as in DCN-v2 (arXiv 2008.13535).
+        cross_layers, cross_rank: of ``dcn``.
+        tasks: T, number of labels; each has its own MLP on top.
         dense_statistics: ``[2, F]`` mean and standard deviation of the dense input, which standardise it;
             None leaves it as it is.
         device: where the parameters live.
@@ -52,45 +54,60 @@ class HistoryDLRM(nn.Module):
 
     def __init__(
         self,
-        candidate: nn.Module | None,
-        history: nn.Module | None,
+        channels: Mapping[str, ItemChannel],
         dense_in_features: int,
-        config: HistoryConfig,
+        dim: int,
         dense_layers: tuple[int, ...] = (64,),
         over_layers: tuple[int, ...] = (128, 64),
-        history_feature: str = "history",
+        interaction: Literal["dot", "dcn"] = "dot",
+        cross_layers: int = 3,
+        cross_rank: int = 32,
+        tasks: int = 1,
         dense_statistics: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        dim = config.dim
-        if history is None:
-            config = replace(config, pools=0)
-        self.candidate = candidate
-        self.history = history
-        self.history_feature = history_feature
-        self.no_item = nn.Parameter(torch.zeros(dim, device=device)) if candidate is None else None
+        self.channels = nn.ModuleDict(channels)
         self.standardise = (
             None if dense_statistics is None else Standardise(dense_statistics.to(buffer_device(device)))
         )
-        self.dense = DenseArch(dense_in_features, [*dense_layers, dim], device=device)
-        self.attention = TargetAttention(config, device=device)
-        fields = 1 + (candidate is not None) + self.attention.summaries
-        self.interaction = DotInteraction(fields)
-        self.over = OverArch(self.interaction.out_features(dim), [*over_layers, 1], device=device)
-
-    def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """``dense [B, F]`` and the sparse features -> logits ``[B]``."""
-        dense_vector = self.dense(dense if self.standardise is None else self.standardise(dense))
-        if self.candidate is None:
-            assert self.no_item is not None
-            target = self.no_item.expand_as(dense_vector)
+        numbers = dense_in_features + sum(channel.numbers for channel in channels.values())
+        self.dense = DenseArch(numbers, [*dense_layers, dim], device=device)
+        fields = 1 + sum(channel.fields for channel in channels.values())
+        self.interaction: DotInteraction | CrossInteraction
+        if interaction == "dot":
+            self.interaction = DotInteraction(fields)
         else:
-            target = self.candidate(features).values()
-        content = None if self.history is None else self.history(features)[self.history_feature]
-        summaries = self.attention(target, content, features)
-        fields = [dense_vector] if self.candidate is None else [dense_vector, target]
-        return self.over(self.interaction(fields, summaries)).squeeze(1)
+            self.interaction = CrossInteraction(fields * dim, cross_layers, cross_rank, device)
+        width = self.interaction.out_features(dim)
+        self.tasks = nn.ModuleList(OverArch(width, [*over_layers, 1], device=device) for _ in range(tasks))
+
+    def forward(
+        self,
+        dense: Tensor,
+        features: KeyedJaggedTensor,
+        item_bytes: Tensor | None = None,
+        history_bytes: Tensor | None = None,
+    ) -> Tensor:
+        """Rank.
+
+        Args:
+            dense: ``[B, F]`` float32.
+            features: the sparse features that the channels read, and ``history_action``, ``history_age``.
+            item_bytes: ``[B, nbytes]`` uint8, for channels that compute with codes.
+            history_bytes: ``[events, nbytes]`` uint8, likewise.
+
+        Returns:
+            Logits, ``[B]`` for one task and ``[B, T]`` for more.
+        """
+        outputs = [channel(features, item_bytes, history_bytes) for channel in self.channels.values()]
+        dense = dense if self.standardise is None else self.standardise(dense)
+        numbers = [output.numbers for output in outputs if output.numbers is not None]
+        dense_vector = self.dense(torch.cat([dense, *numbers], dim=1))
+        fields = torch.cat([dense_vector.unsqueeze(1), *(output.fields for output in outputs)], dim=1)
+        crossed = self.interaction(fields)
+        logits = torch.cat([task(crossed) for task in self.tasks], dim=1)
+        return logits.squeeze(1) if len(self.tasks) == 1 else logits
 
 
 class Standardise(nn.Module):
@@ -133,16 +150,43 @@ class DotInteraction(nn.Module):
         """Width of the output for fields of width ``dim``."""
         return self.fields * dim + self.fields * (self.fields - 1) // 2
 
-    def forward(self, single: list[Tensor], stacked: Tensor) -> Tensor:
-        """``[B, D]`` fields and ``[B, m, D]`` further ones -> ``[B, n * D + n * (n - 1) / 2]``."""
-        fields = torch.cat([torch.stack(single, dim=1), stacked], dim=1)
+    def forward(self, fields: Tensor) -> Tensor:
+        """``[B, n, D]`` -> ``[B, n * D + n * (n - 1) / 2]``."""
         products = fields @ fields.transpose(1, 2)
         rows, columns = torch.triu_indices(self.fields, self.fields, 1, device=fields.device)
         return torch.cat([fields.flatten(1), products[:, rows, columns]], dim=1)
 
 
+class CrossInteraction(nn.Module):
+    """The DCN-v2 interaction (arXiv 2008.13535): ``x_{l+1} = x_0 * (U_l V_l x_l + b_l) + x_l``.
+
+    Args:
+        width: of the concatenated fields, n * D.
+        layers: number of cross layers.
+        rank: of each layer's matrix.
+        device: where the parameters live.
+    """
+
+    def __init__(self, width: int, layers: int, rank: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.width = width
+        with torch.device("cpu") if device is None else device:
+            self.cross = LowRankCrossNet(width, layers, rank)
+
+    def out_features(self, dim: int) -> int:
+        """Width of the output."""
+        return self.width
+
+    def forward(self, fields: Tensor) -> Tensor:
+        """``[B, n, D]`` -> ``[B, n * D]``."""
+        return self.cross(fields.flatten(1))
+
+
 class HistoryDLRMTrain(nn.Module):
-    """Adds the loss: RankingBatch -> (mean cross-entropy over rows of weight 1, RankingOutput)."""
+    """Adds the loss: RankingBatch -> (mean cross-entropy over rows of weight 1, RankingOutput).
+
+    Several tasks weigh the same.
+    """
 
     def __init__(self, model: HistoryDLRM) -> None:
         super().__init__()
@@ -150,10 +194,12 @@ class HistoryDLRMTrain(nn.Module):
 
     def forward(self, batch: RankingBatch) -> tuple[Tensor, RankingOutput]:
         """Loss (scalar) and what metrics need, as TorchRec's pipelines expect them."""
-        logits = self.model(batch.dense, batch.features)
+        logits = self.model(batch.dense, batch.features, batch.item_bytes, batch.history_bytes)
+        several = len(self.model.tasks) > 1
+        weights = batch.weights.unsqueeze(1).expand_as(logits) if several else batch.weights
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, batch.labels, weight=batch.weights, reduction="sum"
-        ) / batch.weights.sum().clamp(min=1)
+            logits, batch.labels, weight=weights, reduction="sum"
+        ) / weights.sum().clamp(min=1)
         return loss, RankingOutput(
             loss.detach(), logits.detach(), batch.labels, batch.weights, batch.segment
         )

@@ -1,0 +1,74 @@
+"""What the channels of an arm read of items' SIDs: catalogs, vocabulary, basis."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.train_config import TrainConfig
+from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.errors import SidError
+from torchrec_sid.models.channels import Arm, arm_named
+from torchrec_sid.quantizers import load_quantizer
+from torchrec_sid.seeding import derived_generator
+from torchrec_sid.side.basis import FrozenBasis
+from torchrec_sid.tables.pieces import SidPieces
+
+
+class ItemSids(NamedTuple):
+    """Opened artefacts; None where no channel of the arm reads them."""
+
+    catalog: SidCatalog | None
+    item_sids: Tensor | None
+    """``[N]`` int64 packed SID by dense item index."""
+    pieces: SidPieces | None
+    side_catalog: SidCatalog | None
+    item_bytes: Tensor | None
+    """``[N, nbytes]`` uint8 of the side catalog, likewise."""
+    basis: FrozenBasis | None
+
+    @property
+    def catalogs(self) -> dict[str, SidCatalog]:
+        """Those that are read, by their name in a checkpoint."""
+        both = {"catalog": self.catalog, "side_catalog": self.side_catalog}
+        return {name: catalog for name, catalog in both.items() if catalog is not None}
+
+
+def open_item_sids(config: TrainConfig, log: PreparedLog) -> ItemSids:
+    """Open what the arm of a run reads.
+
+    Raises:
+        SidError: an option that the arm needs is missing, or the artefacts do not belong together.
+    """
+    arm = arm_named(config.model.arm)
+    ids = torch.from_numpy(np.array(log.item_ids))
+    order = torch.arange(len(ids))
+    if config.shuffle_sids:
+        order = order[torch.randperm(len(ids), generator=derived_generator(config.seed, "shuffled SIDs"))]
+    catalog = item_sids = pieces = side_catalog = item_bytes = basis = None
+    if arm.needs_catalog:
+        catalog = SidCatalog.open(_needed("catalog", config.catalog, arm))
+        item_sids = catalog.lookup(ids)[order]
+    if arm.needs_pieces:
+        pieces = SidPieces.load(_needed("pieces", config.pieces, arm))
+    if arm.needs_side:
+        side_catalog = SidCatalog.open(_needed("side_catalog", config.side_catalog, arm))
+        quantizer = load_quantizer(_needed("side_quantizer", config.side_quantizer, arm))
+        if quantizer.fingerprint != side_catalog.quantizer_fingerprint:
+            raise SidError(
+                "side_quantizer",
+                f"{config.side_quantizer} did not make {config.side_catalog}",
+                "Pass the quantizer that the catalog was written with.",
+            )
+        item_bytes, basis = side_catalog.packed_bytes(ids)[order], FrozenBasis.from_quantizer(quantizer)
+    return ItemSids(catalog, item_sids, pieces, side_catalog, item_bytes, basis)
+
+
+def _needed(option: str, value: str | None, arm: Arm) -> str:
+    if value is None:
+        raise SidError(option, f"missing, but arm {arm.name!r} reads it", f"Pass --{option}.")
+    return value
