@@ -145,6 +145,28 @@ def test_pool_equals_a_loop(lengths: list[int], weighted: bool, mode: str) -> No
     torch.testing.assert_close(pooled, expected)
 
 
+def test_dense_histories_are_flat_ones_reshaped() -> None:
+    spec = SidSpec((3,) * 25)
+    side, data = SideFeatures(spec), spec.pack_bytes(random_codes(spec, 24))
+    assert torch.equal(side(data.view(2, 3, 4, 5)), side(data).view(2, 3, 4, 25))
+    with pytest.raises(SidError, match=r"\[N, 5\] uint8"):
+        side(data.view(2, 15, 4))
+
+
+@pytest.mark.parametrize("kind", ["digits", "one_hot", "basis"])
+@pytest.mark.parametrize("cardinalities", [(3,) * 25, (5, 3, 7, 3), (300, 3)])
+def test_compiled_features_are_the_same(kind: str, cardinalities: tuple[int, ...]) -> None:
+    spec = SidSpec(cardinalities)
+    if kind == "digits" and any(k % 2 == 0 for k in cardinalities):
+        pytest.skip("even alphabets have no digits")
+    side = SideFeatures(spec, SideFeaturesConfig(kind), basis=random_basis(spec))
+    data = spec.pack_bytes(random_codes(spec, 24))
+    torch.compiler.reset()  # each case is a graph of its own
+    compiled = torch.compile(side, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(data), side(data))
+    torch.testing.assert_close(compiled(data[:7]), side(data[:7]))
+
+
 def test_state_is_buffers_only_and_travels() -> None:
     spec = SidSpec((3,) * 6)
     side = SideFeatures(spec).calibrate(random_codes(spec, 100))

@@ -148,6 +148,8 @@ def test_state_is_buffers_only_and_exports() -> None:
     args = (data[:3], data, torch.tensor([4, 0, 5]), torch.ones(9))
     torch.testing.assert_close(program.module()(*args), side(*args))
     one = side(*args)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(side, fullgraph=True, backend="aot_eager")(*args), one)
     torch.testing.assert_close(side(data[:3].unsqueeze(1), *args[1:]).squeeze(1), one)
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.side.kernels.operator import BACKENDS, Backend, code_attention
@@ -123,11 +124,9 @@ class CodeSpaceAttention(nn.Module):
         self.head_dim = config.head_dim or basis.dim // heads
         self.output_dim = config.output_dim or config.query_dim
         self.layout = basis.layout.with_terms(*config.terms.sizes)
-        inner, real = heads * self.head_dim, device
-        if device is not None and torch.device(device).type == "meta":
-            real = None
-        self.register_buffer("rows", basis.rows().to(real))
-        self.register_buffer("mean", None if basis.mean is None else basis.mean.to(real, copy=True))
+        inner, place = heads * self.head_dim, buffer_device(device)
+        self.register_buffer("rows", basis.rows().to(place))
+        self.register_buffer("mean", None if basis.mean is None else basis.mean.to(place, copy=True))
         self.query = nn.Linear(config.query_dim, inner, bias=config.bias, device=device)
         self.key = nn.Linear(basis.dim, inner, bias=False, device=device)
         self.value = nn.Linear(basis.dim, inner, bias=config.bias, device=device)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.basis import FrozenBasis, as_bytes
 from torchrec_sid.spec import SidSpec
@@ -83,7 +84,7 @@ class SideFeatures(nn.Module):
             )
         tables = self._level_tables(basis)
         self.dim = tables[0].shape[1]
-        device = "cpu" if device is None or torch.device(device).type == "meta" else device
+        device = buffer_device(device)
         groups = spec.byte_groups
         if groups is None:
             rows = tables
@@ -135,12 +136,15 @@ class SideFeatures(nn.Module):
         """SIDs -> ``[N, dim]`` float32. A jagged history is its flat values: one row per event.
 
         Args:
-            sids: ``[N, nbytes]`` uint8, ``[N]`` int64 packed, or ``[N, L]`` int64 codes.
+            sids: ``[N, nbytes]`` uint8, ``[N]`` int64 packed, or ``[N, L]`` int64 codes; a dense history
+                ``[B, T, nbytes]`` uint8 (or any more axes) gives ``[B, T, dim]``.
 
         Raises:
             SidError: another shape, or codes outside the alphabet (not checked inside a compiled graph:
                 there they give NaN, or an index error where a code needs more than a byte).
         """
+        if sids.dtype == torch.uint8 and sids.dim() > 2:
+            return self(sids.flatten(0, -2)).unflatten(0, sids.shape[:-1])
         return nn.functional.embedding_bag(self._symbols(sids) + self._starts, self.table, mode="sum")
 
     def pool(

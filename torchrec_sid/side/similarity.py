@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.side.kernels.problem import check_lengths
@@ -101,7 +102,7 @@ class SimilarityFeatures(nn.Module):
         super().__init__()
         self.spec, self.config = basis.spec, config or SimilarityConfig()
         self.backend: Literal["auto", "torch", "cpu"] = "auto"
-        device = "cpu" if device is None or torch.device(device).type == "meta" else device
+        device = buffer_device(device)
         groups = self.spec.byte_groups or tuple((i, i + 1) for i in range(self.spec.levels))
         self.levels = [stop - start for start, stop in groups]
         self.values = [prod(self.spec.cardinalities[start:stop]) for start, stop in groups]

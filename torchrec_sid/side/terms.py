@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 
 # Marks a value outside a term's range; the operator reports it with its event.
@@ -76,17 +77,17 @@ class EventTerms(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.heads = config, heads
-        real = None if device is not None and torch.device(device).type == "meta" else device
+        place = buffer_device(device)
         # No empty parameter: it would get no gradient, which DistributedDataParallel takes for an error.
         self.embedding: nn.Parameter | None = None
         if config.sizes:
             self.embedding = nn.Parameter(torch.empty(sum(config.sizes), dim, device=device))
         self.register_buffer(
             "boundaries",
-            torch.tensor(config.age_boundaries, dtype=torch.float32, device=real),
+            torch.tensor(config.age_boundaries, dtype=torch.float32, device=place),
             persistent=False,
         )
-        slopes = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device=real)
+        slopes = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device=place)
         self.register_buffer("slopes", slopes, persistent=False)
         self.recency: nn.Parameter | None = None
         if config.recency_bias:

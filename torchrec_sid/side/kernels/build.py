@@ -45,7 +45,7 @@ def cache_directory() -> Path:
 
 @lru_cache(maxsize=1)
 def load_library() -> Built:
-    """The compiled kernels, compiling them on the first call of a machine (about five seconds).
+    """The compiled kernels, compiling them on the first call of a machine (about three seconds).
 
     To compile while building an image, call this once there with ``TORCHREC_SID_CACHE`` set. The file name
     carries the processor's features, so that a shared home directory is safe.
