@@ -98,6 +98,8 @@ def make_case(
         extra["actions"] = torch.randint(terms.num_actions, (events,), generator=generator)
     if terms.age_boundaries:
         extra["ages"] = torch.rand(events, generator=generator) * 2 * terms.age_boundaries[-1]
+    if terms.age_buckets:
+        extra["ages"] = torch.randint(terms.age_buckets, (events,), generator=generator)
     if bias:
         shape = (events,) if bias == 1 else (events, heads)
         extra["bias"] = torch.randn(shape, generator=generator)

@@ -19,6 +19,7 @@ TERMS = [
         num_actions=4, age_boundaries=(2.0,), position_buckets=5, recency_bias=True, alibi=True
     ),
     EventTermsConfig(position_buckets=3, recency_bias=True),
+    EventTermsConfig(num_actions=2, age_buckets=7, recency_bias=True),
     EventTermsConfig(alibi=True),
 ]
 

@@ -165,7 +165,8 @@ class CodeSpaceAttention(nn.Module):
                 user's oldest first.
             lengths: ``[B]`` integers that sum to E.
             actions: ``[E]`` integers, where ``terms.num_actions`` is set.
-            ages: ``[E]`` numbers in the unit of ``terms.age_boundaries``, where those are set.
+            ages: ``[E]`` numbers in the unit of ``terms.age_boundaries``, or bucket numbers, where
+                ``terms.age_boundaries`` or ``terms.age_buckets`` is set.
             bias: ``[E]`` or ``[E, heads]`` float, added to the scores.
             mask: ``[E]`` bool, False where an event is to be ignored.
 

@@ -26,6 +26,8 @@ class EventTermsConfig:
     """Number of action types, at most 255; ``actions`` are then 0 .. num_actions - 1."""
     age_boundaries: tuple[float, ...] = ()
     """Ascending edges, in the unit of ``ages``; n edges make n + 1 buckets, at most 255."""
+    age_buckets: int = 0
+    """In place of edges: ``ages`` are bucket numbers already, 0 .. age_buckets - 1, at most 255."""
     position_buckets: int = 0
     """Buckets of the distance from the newest event, in powers of two: 0, 1, 2-3, 4-7, ...; the last
     takes all that is older."""
@@ -38,6 +40,12 @@ class EventTermsConfig:
         object.__setattr__(self, "age_boundaries", tuple(float(b) for b in self.age_boundaries))
         if not 0 <= self.num_actions <= 255:
             raise SidError("EventTermsConfig.num_actions", str(self.num_actions), "Choose 0 to 255.")
+        if not 0 <= self.age_buckets <= 255 or (self.age_buckets and self.age_boundaries):
+            raise SidError(
+                "EventTermsConfig.age_buckets",
+                f"{self.age_buckets} with {len(self.age_boundaries)} edges",
+                "Choose 0 to 255, or give age_boundaries instead.",
+            )
         if not 0 <= self.position_buckets <= 62:
             raise SidError(
                 "EventTermsConfig.position_buckets", str(self.position_buckets), "Choose 0 to 62."
@@ -47,16 +55,22 @@ class EventTermsConfig:
             raise SidError(
                 "EventTermsConfig.age_boundaries", f"{len(edges)} edges", "Give at most 254, ascending."
             )
-        if self.recency_bias and not (edges or self.position_buckets):
+        if self.recency_bias and not (self.num_ages or self.position_buckets):
             raise SidError(
-                "EventTermsConfig.recency_bias", "no buckets", "Set age_boundaries or position_buckets."
+                "EventTermsConfig.recency_bias",
+                "no buckets",
+                "Set age_boundaries, age_buckets or position_buckets.",
             )
+
+    @property
+    def num_ages(self) -> int:
+        """Buckets of the age, 0 where ages are not used."""
+        return len(self.age_boundaries) + 1 if self.age_boundaries else self.age_buckets
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Values of each embedded term, in column order: action, age, position."""
-        ages = len(self.age_boundaries) + 1 if self.age_boundaries else 0
-        return tuple(size for size in (self.num_actions, ages, self.position_buckets) if size)
+        return tuple(size for size in (self.num_actions, self.num_ages, self.position_buckets) if size)
 
 
 class EventTerms(nn.Module):
@@ -98,9 +112,7 @@ class EventTerms(nn.Module):
     def _recency_range(self) -> tuple[int, int]:
         """First feature and number of features of the term that the recency bias reads."""
         config = self.config
-        if config.age_boundaries:
-            return config.num_actions, len(config.age_boundaries) + 1
-        return config.num_actions, config.position_buckets
+        return config.num_actions, config.num_ages or config.position_buckets
 
     def reset_parameters(self) -> None:
         """Small random embeddings, no recency bias."""
@@ -120,14 +132,15 @@ class EventTerms(nn.Module):
         config, columns = self.config, []
         if _present("actions", actions, config.num_actions > 0, events):
             assert actions is not None
-            inside = (actions >= 0) & (actions < config.num_actions)
-            columns.append(torch.where(inside, actions, _INVALID).to(torch.uint8))
-        if _present("ages", ages, bool(config.age_boundaries), events):
+            columns.append(_numbers("actions", actions, config.num_actions))
+        if _present("ages", ages, config.num_ages > 0, events):
             assert ages is not None
-            # A NaN age falls into the last bucket: unknown is treated as oldest.
-            columns.append(
-                torch.bucketize(ages.to(torch.float32), self.boundaries, right=True).to(torch.uint8)
-            )
+            if config.age_buckets:
+                columns.append(_numbers("ages", ages, config.age_buckets))
+            else:
+                # A NaN age falls into the last bucket: unknown is treated as oldest.
+                bucket = torch.bucketize(ages.to(torch.float32), self.boundaries, right=True)
+                columns.append(bucket.to(torch.uint8))
         if config.position_buckets:
             distance = _distance(lengths, events)
             bucket = (torch.log2(distance.clamp_min(1).to(torch.float64)) + 1e-9).to(torch.int64) + 1
@@ -159,11 +172,19 @@ def _present(name: str, values: Tensor | None, wanted: bool, events: int) -> boo
         raise SidError(
             name,
             "given, but no event term uses them",
-            "Set num_actions or age_boundaries in EventTermsConfig, or leave them out.",
+            "Set num_actions, age_boundaries or age_buckets in EventTermsConfig, or leave them out.",
         )
     if values is not None and tuple(values.shape) != (events,):
         raise SidError(name, f"shape {tuple(values.shape)}", f"Pass one per event: [{events}].")
     return wanted
+
+
+def _numbers(name: str, values: Tensor, size: int) -> Tensor:
+    """``[E]`` integers -> uint8, 255 where they are outside ``0 .. size - 1``."""
+    if values.dtype.is_floating_point or values.dtype == torch.bool:
+        raise SidError(name, f"dtype {values.dtype}", f"Pass integers 0 .. {size - 1}.")
+    # Clamped first: 256 must not wrap around to 0.
+    return torch.where(values < 0, _INVALID, values.clamp(max=_INVALID)).to(torch.uint8)
 
 
 def _distance(lengths: Tensor, events: int) -> Tensor:
