@@ -132,14 +132,13 @@ class SideChannel(ItemChannel):
         self.register_buffer("action_values", action_values.float().to(self.features.table.device))
         if not history:
             return
-        edges = tuple(bucket - 0.5 for bucket in range(1, HISTORY_AGES))
         self.attention = CodeSpaceAttention(
             basis,
             CodeSpaceAttentionConfig(
                 query_dim=dim,
                 num_heads=heads,
                 head_dim=dim // heads,
-                terms=EventTermsConfig(num_actions=len(action_values), age_boundaries=edges),
+                terms=EventTermsConfig(num_actions=len(action_values), age_buckets=HISTORY_AGES),
             ),
             device=device,
         )
