@@ -162,6 +162,7 @@ class SidTransform(nn.Module):
             stride=None if strides is not None else features.stride(),
             stride_per_key_per_rank=strides,
             length_per_key=sizes,
+            offset_per_key=_running_sum(sizes),
             inverse_indices=inverse,
         )
 
@@ -190,6 +191,13 @@ def _lengths_of_counts(lengths: Tensor, counts: Tensor) -> Tensor:
     before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     ends = lengths.cumsum(0)
     return (before.index_select(0, ends) - before.index_select(0, ends - lengths)).to(lengths.dtype)
+
+
+def _running_sum(sizes: list[int]) -> list[int]:
+    total = [0]
+    for size in sizes:
+        total.append(total[-1] + size)
+    return total
 
 
 def _cat(pieces: list[Tensor]) -> Tensor:

@@ -1,0 +1,288 @@
+"""`export_model`: a ranking model with SID collections as one folder that needs none of its code.
+
+The program is a graph of torch.export: transforms from SIDs (or from ids and a catalog) to rows, look-ups
+in float or quantized tables, and the dense part. TorchScript would need every module of a model in its
+subset of Python, is no longer developed, and cannot take TorchRec's quantized collections uncalled; a graph
+takes any straight-line model.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_sid.artifact import save_artifact, write_atomically, write_json
+from torchrec_sid.errors import SidError
+from torchrec_sid.serving.quantized import Precision, quantize_tables
+from torchrec_sid.serving.request import Inputs, Request
+from torchrec_sid.serving.served import EXAMPLE, EXAMPLE_KIND, KIND, MANIFEST, PROGRAM, VERSION
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a model is exported.
+
+    Raises:
+        SidError: a tolerance that is not positive.
+    """
+
+    precision: Precision = "float"
+    """Of the rows of the tables."""
+    tolerance: float = 1e-5
+    """Largest difference of any output of the program to the model that is exported."""
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise SidError("ExportOptions.tolerance", f"{self.tolerance}", "Give a positive number.")
+
+
+class ExportReport(NamedTuple):
+    """What was written."""
+
+    folder: Path
+    bytes: int
+    """Of the program with its weights."""
+    difference: float
+    """Largest difference of the program to the model with the same rows, over all requests tried."""
+    quantization: float
+    """Largest difference to the float model on the example."""
+    outputs: Tensor
+    """What the program answers to the example."""
+
+
+def export_model(
+    model: nn.Module,
+    example: Request,
+    folder: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    max_lengths: Mapping[str, int] | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Write a model as a program, and check that it answers as the model does.
+
+    It is tried on the example, on one row, on two, on the rows in another order and on empty bags.
+
+    Args:
+        model: unsharded; called as ``model(dense, KeyedJaggedTensor, **extras)``, returns a tensor with a
+            row per example. It is copied and not changed.
+        example: at least two rows; no feature without a value. Sizes of requests to come are free.
+        folder: written anew: ``program.pt2``, ``manifest.json``, ``example.safetensors``.
+        options: precision and tolerance.
+        max_lengths: feature -> most values of an example that the model reads; longer requests are refused.
+        identity: JSON-serialisable, kept in the manifest: what the weights depend on.
+
+    Raises:
+        SidError: an example that shows too little, a model that cannot be traced, or answers that differ.
+
+    Example:
+        >>> report = export_model(dlrm, example, "out/served", ExportOptions("int8"))
+        >>> ServedModel.load(report.folder)(example)
+    """
+    options = options or ExportOptions()
+    limits = dict(max_lengths or {})
+    inputs = _inputs(example, limits)
+    inputs.check(example)
+    _check_example(example)
+    # Quantizing swaps the tables of the copy only.
+    eager = quantize_tables(copy.deepcopy(model).eval().requires_grad_(False), options.precision)
+    program = Program(eager, inputs.features)
+    exported = _trace(program, example)
+    difference = _compare(exported, program, example, options.tolerance, limits)
+    with torch.no_grad():
+        expected = _answer(exported.module(), example)
+        plain = _answer(Program(copy.deepcopy(model).eval(), inputs.features), example)
+    folder = Path(folder)
+    size = _write_program(folder / PROGRAM, exported)
+    quantization = float((expected - plain).abs().max())
+    manifest = {
+        "kind": KIND,
+        "version": VERSION,
+        "precision": options.precision,
+        "inputs": inputs._asdict(),
+        "program": {"sha256": _sha256(folder / PROGRAM), "bytes": size},
+        "tolerance": options.tolerance,
+        "difference_to_eager": difference,
+        "difference_to_float": quantization,
+        "identity": dict(identity or {}),
+        "versions": {name: _version(name) for name in ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu")},
+    }
+    tensors = example.to_tensors() | {"outputs": expected}
+    save_artifact(folder / EXAMPLE, kind=EXAMPLE_KIND, version=VERSION, config={}, tensors=tensors)
+    write_json(folder / MANIFEST, manifest)
+    return ExportReport(folder, size, difference, quantization, expected)
+
+
+class Program(nn.Module):
+    """A model that takes tensors only.
+
+    Args:
+        model: called as ``model(dense, KeyedJaggedTensor, **extras)``.
+        keys: order of the features in the KeyedJaggedTensor.
+    """
+
+    def __init__(self, model: nn.Module, keys: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._keys = list(keys)
+
+    def forward(
+        self, dense: Tensor, features: dict[str, tuple[Tensor, Tensor]], extras: dict[str, Tensor]
+    ) -> Tensor:
+        """``[B, F]``, name -> (values ``[n]``, lengths ``[B]``), name -> extra -> the model's output."""
+        values = [features[name][0] for name in self._keys]
+        # Given here, sizes and offsets stay those of the inputs; TorchRec would make data of them.
+        sizes = [value.shape[0] for value in values]
+        kjt = KeyedJaggedTensor(
+            keys=self._keys,
+            values=torch.cat(values),
+            lengths=torch.cat([features[name][1] for name in self._keys]),
+            stride=dense.shape[0],
+            length_per_key=sizes,
+            offset_per_key=[0, *itertools.accumulate(sizes)],
+        )
+        answer: Tensor = self.model(dense, kjt, **extras)
+        return answer
+
+
+def _inputs(example: Request, limits: dict[str, int]) -> Inputs:
+    extras = {name: (str(t.dtype), tuple(t.shape[1:])) for name, t in example.extras.items()}
+    features = tuple(example.features)
+    for name in limits:
+        if name not in features:
+            raise SidError("max_lengths", f"{name!r}", f"The example has {list(features)}.")
+    return Inputs(example.dense.shape[1], features, extras, dict(example.rows_of), limits)
+
+
+def _check_example(example: Request) -> None:
+    if example.rows < 2:
+        raise SidError(
+            "example", f"{example.rows} rows", "Give two or more: sizes of 0 and 1 say too little."
+        )
+    for name, bags in example.features.items():
+        if len(bags.values) < 2:
+            raise SidError(
+                f"example, feature {name!r}", f"{len(bags.values)} values", "Give two or more in all."
+            )
+
+
+def _trace(program: Program, example: Request) -> ExportedProgram:
+    free = {0: Dim.DYNAMIC}
+    shapes = (
+        free,
+        dict.fromkeys(example.features, (free, free)),
+        dict.fromkeys(example.extras, free),
+    )
+    with torch.no_grad(), _quietly():
+        try:
+            return torch.export.export(program, _arguments(example), dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # torch.export raises whatever the traced code does
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise SidError(
+                "export_model",
+                f"the model cannot be traced ({type(error).__name__}: {reason[0]})",
+                "Keep tensors from deciding what Python does in its forward; see the traceback above.",
+            ) from error
+
+
+def _compare(
+    exported: ExportedProgram, program: Program, example: Request, tolerance: float, limits: dict[str, int]
+) -> float:
+    rows = example.rows
+    runs = exported.module()
+    requests = [
+        example,
+        example.take([0]),
+        example.take([rows - 1, 0]),
+        example.take([*reversed(range(rows)), *range(rows)]),
+        example.without_values(sorted(limits)),
+        example.take([0]).without_values(sorted(limits)),
+    ]
+    worst = 0.0
+    with torch.no_grad():
+        for request in requests:
+            wanted = _answer(program, request)
+            try:
+                found = _answer(runs, request)
+            except RuntimeError as error:
+                raise SidError(
+                    "export_model",
+                    f"the program does not take {request.rows} rows ({error})",
+                    "Its sizes must be free: let no size decide what the model does.",
+                ) from error
+            difference = (
+                float((found - wanted).abs().max()) if found.shape == wanted.shape else float("inf")
+            )
+            if not difference <= tolerance:
+                raise SidError(
+                    "export_model",
+                    f"on {request.rows} rows the program differs from the model by {difference:g}",
+                    f"Outputs must agree within {tolerance:g}.",
+                )
+            worst = max(worst, difference)
+    return worst
+
+
+def _arguments(request: Request) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    features = {name: (bags.values, bags.lengths) for name, bags in request.features.items()}
+    return request.dense, features, request.extras
+
+
+def _answer(program: Any, request: Request) -> Tensor:
+    result: Tensor = program(*_arguments(request))
+    return result
+
+
+def _write_program(path: Path, exported: ExportedProgram) -> int:
+    # They would be pickled; the example lies beside the program.
+    exported._example_inputs = None
+    with tempfile.TemporaryDirectory() as temporary, _quietly():
+        # The archive holds its own file name, which must not be one that changes.
+        file = Path(temporary) / PROGRAM
+        torch.export.save(exported, file)
+        content = file.read_bytes()
+    write_atomically(path, lambda part: part.write_bytes(content))
+    return len(content)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings about torch's own internals that a user can do nothing about."""
+    loggers = [logging.getLogger(), logging.getLogger("torch.fx._symbolic_trace")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,162 @@
+"""`Request`: what a ranker is asked, as tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrec_sid.errors import SidError
+
+
+class Bags(NamedTuple):
+    """One sparse feature: bag after bag."""
+
+    values: Tensor
+    """``[n]`` int64: packed SIDs, ids or actions."""
+    lengths: Tensor
+    """``[B]`` int64: values of each example; they sum to n."""
+
+
+class Request(NamedTuple):
+    """B examples to rank."""
+
+    dense: Tensor
+    """``[B, F]`` float32."""
+    features: dict[str, Bags]
+    """Sparse features by name."""
+    extras: dict[str, Tensor]
+    """Further inputs by the name of the model's argument: ``[B, ...]``, or one row per value of the feature
+    that ``rows_of`` names."""
+    rows_of: dict[str, str]
+    """Extra -> feature whose values its rows go with; extras that are not here have a row per example."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.dense.shape[0]
+
+    def take(self, rows: Sequence[int]) -> Request:
+        """The examples ``rows``, in that order; they may repeat."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        places = {name: _places(bags.lengths, index) for name, bags in self.features.items()}
+        features = {
+            name: Bags(bags.values[places[name]], bags.lengths[index])
+            for name, bags in self.features.items()
+        }
+        extras = {
+            name: tensor[places[self.rows_of[name]] if name in self.rows_of else index]
+            for name, tensor in self.extras.items()
+        }
+        return Request(self.dense[index], features, extras, self.rows_of)
+
+    def without_values(self, names: Sequence[str]) -> Request:
+        """The same examples with every bag of the features ``names`` empty."""
+        features = {
+            name: Bags(bags.values[:0], torch.zeros_like(bags.lengths)) if name in names else bags
+            for name, bags in self.features.items()
+        }
+        extras = {
+            name: tensor[:0] if self.rows_of.get(name) in names else tensor
+            for name, tensor in self.extras.items()
+        }
+        return Request(self.dense, features, extras, self.rows_of)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat, by name, for a file: copies, since features of one history share their lengths."""
+        tensors = {"dense": self.dense}
+        for name, bags in self.features.items():
+            tensors[f"values/{name}"], tensors[f"lengths/{name}"] = bags
+        tensors |= {f"extra/{name}": tensor for name, tensor in self.extras.items()}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], inputs: Inputs) -> Request:
+        """The counterpart of :meth:`to_tensors`."""
+        features = {n: Bags(tensors[f"values/{n}"], tensors[f"lengths/{n}"]) for n in inputs.features}
+        extras = {name: tensors[f"extra/{name}"] for name in inputs.extras}
+        return cls(tensors["dense"], features, extras, dict(inputs.rows_of))
+
+
+class Inputs(NamedTuple):
+    """What a program reads; checks requests against it."""
+
+    dense: int
+    """F."""
+    features: tuple[str, ...]
+    """Sparse features, in the order of the program."""
+    extras: dict[str, tuple[str, tuple[int, ...]]]
+    """Extra -> its dtype, and its shape behind the first dimension."""
+    rows_of: dict[str, str]
+    """As in :class:`Request`."""
+    max_lengths: dict[str, int]
+    """Feature -> most values of one example that the model reads."""
+
+    def check(self, request: Request) -> None:
+        """Refuse what the program would compute wrongly.
+
+        Raises:
+            SidError: a feature or extra that is missing or too many, a dtype or shape, lengths that do not
+                add up, or more values than the model reads.
+        """
+        dense = request.dense
+        if dense.dim() != 2 or dense.shape[1] != self.dense or dense.dtype != torch.float32:
+            raise SidError(
+                "dense", f"{dense.dtype} of shape {tuple(dense.shape)}", f"Pass float32 [B, {self.dense}]."
+            )
+        _same_names("feature", request.features, self.features)
+        _same_names("extra input", request.extras, self.extras)
+        for name, bags in request.features.items():
+            _check_bags(name, bags, request.rows, self.max_lengths.get(name))
+        for name, (dtype, shape) in self.extras.items():
+            extra = request.extras[name]
+            of = self.rows_of.get(name)
+            rows = request.rows if of is None else len(request.features[of].values)
+            if str(extra.dtype) != dtype or tuple(extra.shape) != (rows, *shape):
+                raise SidError(
+                    f"extra input {name!r}",
+                    f"{extra.dtype} of shape {tuple(extra.shape)}",
+                    f"Pass {dtype} of shape {(rows, *shape)}.",
+                )
+
+
+def _places(lengths: Tensor, index: Tensor) -> Tensor:
+    """Places of the values of the bags ``index``, bag after bag."""
+    starts = lengths.cumsum(0) - lengths
+    chosen = lengths[index]
+    first = chosen.cumsum(0) - chosen
+    return torch.arange(int(chosen.sum())) + (starts[index] - first).repeat_interleave(chosen)
+
+
+def _same_names(
+    kind: str, found: Mapping[str, object], wanted: Sequence[str] | Mapping[str, object]
+) -> None:
+    for name in wanted:
+        if name not in found:
+            raise SidError(f"{kind} {name!r}", "missing", f"The program reads {list(wanted)}.")
+    for name in found:
+        if name not in wanted:
+            raise SidError(f"{kind} {name!r}", "not read by this program", f"It reads {list(wanted)}.")
+
+
+def _check_bags(name: str, bags: Bags, rows: int, most: int | None) -> None:
+    where = f"feature {name!r}"
+    for word, tensor in zip(("values", "lengths"), bags, strict=True):
+        if tensor.dtype != torch.int64 or tensor.dim() != 1:
+            raise SidError(
+                where, f"{word} {tensor.dtype} of shape {tuple(tensor.shape)}", "Pass int64 [n]."
+            )
+    if len(bags.lengths) != rows:
+        raise SidError(where, f"{len(bags.lengths)} lengths for {rows} examples", "Give one per example.")
+    if not rows:
+        return
+    low, high = (int(bound) for bound in bags.lengths.aminmax())
+    total = int(bags.lengths.sum())
+    if low < 0 or total != len(bags.values):
+        raise SidError(
+            where, f"lengths from {low} that sum to {total} for {len(bags.values)} values", "Match them."
+        )
+    if most is not None and high > most:
+        raise SidError(where, f"{high} values of one example", f"Send the newest {most}.")
