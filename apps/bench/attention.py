@@ -36,6 +36,7 @@ from torchrec_sid.side.kernels.build import load_library
 from torchrec_sid.side.kernels.reference import decode_then_attend
 
 PASSES = ("forward", "forward+backward")
+GROUPS = ("main", "lengths", "long", "users", "candidates", "dims", "digits", "ragged")
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,30 @@ class BenchConfig:
     """Timed runs of each system; 3 with --quick."""
     memory_gb: float = 6.0
     """Largest history a rival may decode, times the copies it makes."""
+    groups: tuple[str, ...] = GROUPS
+    """Which shapes; --quick has its own."""
     seed: int = 0
     """Of items, histories and weights."""
 
 
-def shapes(quick: bool) -> Iterator[Shape]:
+def shapes(config: BenchConfig) -> Iterator[Shape]:
     """The main shape, then one thing changed at a time."""
     base = Shape()
-    if quick:
+    if config.quick:
         yield from (base, replace(base, length=256))
         return
-    yield base
-    yield from (replace(base, length=length) for length in (256, 1024, 16_384))
-    yield Shape(users=64, length=10_000)
-    yield from (replace(base, users=users, length=1024) for users in (64, 256))
-    yield from (replace(base, candidates=m) for m in (16, 64, 256))
-    yield from (replace(base, dims=dims) for dims in (64, 128, 256, 512))
-    yield replace(base, digits=80)
+    groups = {
+        "main": [base],
+        "lengths": [replace(base, length=length) for length in (256, 1024, 16_384)],
+        "long": [Shape(users=64, length=10_000)],
+        "users": [replace(base, users=users, length=1024) for users in (64, 256)],
+        "candidates": [replace(base, candidates=m) for m in (16, 64, 256)],
+        "dims": [replace(base, dims=dims) for dims in (64, 128, 256, 512)],
+        "digits": [replace(base, digits=80)],
+        "ragged": [],
+    }
+    for name in config.groups:
+        yield from groups[name]
 
 
 def systems(w: Workload, config: BenchConfig) -> list[System]:
@@ -198,12 +206,13 @@ def main() -> None:
     config = parse_config(BenchConfig, __doc__)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")
     rows: list[dict[str, Any]] = []
-    for shape in track(list(shapes(config.quick)), "shapes", show=sys.stderr.isatty()):
+    for shape in track(list(shapes(config)), "shapes", show=sys.stderr.isatty()):
         measured = measure(shape, config)
         show(measured)
         rows += measured
-    ragged = measure_ragged(config)
-    print("\n64 users, log-normal lengths 0 .. 10,000, against equal lengths with as many events")
+    ragged = measure_ragged(config) if config.quick or "ragged" in config.groups else []
+    if ragged:
+        print("\n64 users, log-normal lengths 0 .. 10,000, against equal lengths with as many events")
     for row in ragged:
         print(
             f"{row['system']:18}{row['pass']:18}{row['ms']:10.2f} ms ragged, "

@@ -44,7 +44,7 @@ def test_backward_reaches_every_weight_of_every_system() -> None:
 
 
 def test_rows_have_the_published_fields(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(attention, "shapes", lambda quick: [SMALL])
+    monkeypatch.setattr(attention, "shapes", lambda config: [SMALL])
     monkeypatch.setattr(attention, "measure_ragged", lambda config: [])
     monkeypatch.setattr("sys.argv", ["attention", "--quick", "--json", str(tmp_path / "rows.json")])
     attention.main()
