@@ -1,8 +1,8 @@
 """TorchX components: `torchx run -s SCHEDULER apps/components.py:NAME [options] -- [options of the app]`.
 
-`train` runs `apps.train` under torch.distributed.run on any number of nodes; `quantize`, `evaluate`,
-`compare` and `export` run their app as one process. They use the interpreter that TorchX itself runs
-under, so the virtual environment need not be activated.
+`train` runs `apps.train` under torch.distributed.run, by apps/torchrun.py, on any number of nodes;
+`quantize`, `evaluate`, `compare` and `export` run their app as one process. They use the interpreter that
+TorchX itself runs under, so the virtual environment need not be activated.
 """
 
 # No `from __future__ import annotations` here: TorchX reads the annotations and cannot read strings.
@@ -60,7 +60,7 @@ def train(
     """
     if not 0 <= min_nnodes <= nnodes:
         raise ValueError(f"min_nnodes is {min_nnodes}: it must be 0 to nnodes ({nnodes})")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(nproc_per_node)]
+    launch = ["-m", "apps.torchrun", "--nproc_per_node", str(nproc_per_node)]
     launch += ["--max_restarts", str(max_restarts)]
     if log_dir is not None:
         launch += ["--log_dir", log_dir, "--tee", "3"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from apps.cli import parse_config, plain_errors
+from apps.cli import parse_config
+from apps.failure import one_message
+from apps.rundir import set_up_logging
 from apps.session import open_session, start_processes
 from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
@@ -32,16 +33,17 @@ class EvaluateConfig:
 @record
 def main() -> None:
     """Entry point of each process; the number of processes need not be that of the training."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    set_up_logging()
     config = parse_config(EvaluateConfig, __doc__)
-    device = start_processes()
     try:
-        with plain_errors():
-            report = evaluate(config, device)
-        if dist.get_rank() == 0:
-            print(json.dumps(report, indent=2))
+        with one_message():
+            report = evaluate(config, start_processes())
+            if dist.get_rank() == 0:
+                print(json.dumps(report, indent=2))
+            dist.barrier()  # leave together
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
@@ -64,8 +66,8 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
         "step": position.step,
         "slices": {name: asdict(metrics) for name, metrics in slices.items()},
     }
-    if session.ranks.rank == 0:
-        write_json(run / f"metrics-{config.split}.json", report)
+    path = run / f"metrics-{config.split}.json"
+    session.ranks.first(lambda: write_json(path, report), where=str(run))
     return report
 
 

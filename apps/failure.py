@@ -19,6 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from apps.rundir import rank_log
 from torchrec_sid.errors import SidError
 
 _KEY = "torchrec_sid/failures"
@@ -30,19 +31,21 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 def one_message() -> Iterator[None]:
     """End a failing process with status 1; the first to fail prints why.
 
-    A :class:`SidError` is its message, a lost process one line, anything else its traceback. Use it inside
-    the process group, and leave the group afterwards.
+    A :class:`SidError` or ``OSError`` is its message, a lost process one line, anything else its traceback.
+    Use it inside the process group, and leave the group afterwards.
     """
     try:
         yield
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
+        rank_log.error("%s", text, exc_info=error)
         if not _is_first():
             sys.exit(1)
         if any(sign in text for sign in _LOST):
             # Not the cause: the launcher knows which process it was and how that ended.
             sys.exit(f"Another process of this run has ended, and this one cannot go on ({_line(text)}).")
-        if not isinstance(error, SidError):
+        # An OSError names its file: a full disk, a directory that may not be written.
+        if not isinstance(error, (SidError, OSError)):
             text = traceback.format_exc().rstrip()
         _tell_launcher(text)
         sys.exit(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from torchrec_sid.errors import SidError
 
 _COMPONENT = str(Path(__file__).with_name("components.py")) + ":train"
 _POLL_SECONDS = 0.3
+_ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 
 
 def launch_training(
@@ -32,9 +34,7 @@ def launch_training(
         SidError: a process failed, with the last error line that it printed and the log's place.
     """
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    options = output / "run.yaml"
-    options.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+    options = write_options(config)
     for last in (False, False, True):
         error = _run(output, options, processes, on_line)
         if error is None:
@@ -44,6 +44,14 @@ def launch_training(
             raise SidError(
                 f"training of {config.model.arm!r}", error, f"The full log is in {output / 'logs'}."
             )
+
+
+def write_options(config: TrainConfig) -> Path:
+    """Write ``OUTPUT/run.yaml``, with which ``apps.train --config`` repeats a run."""
+    options = Path(config.output) / "run.yaml"
+    options.parent.mkdir(parents=True, exist_ok=True)
+    options.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+    return options
 
 
 def _run(output: Path, options: Path, processes: int, on_line: Callable[[str], None] | None) -> str | None:
@@ -91,7 +99,7 @@ class _Tail:
 
     def last_error(self) -> str:
         """The line that says why: the last one of an exception, or simply the last."""
-        errors = [line for line in self.lines if "Error: " in line and "ChildFailedError" not in line]
+        errors = [line for line in self.lines if _ERROR.match(line)]
         return (errors or self.lines or ["it printed nothing"])[-1].strip()
 
 

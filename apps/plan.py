@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apps.cli import parse_config, plain_errors
-from apps.plan_arms import PLAN_ARMS, PlanInputs
+from apps.plan_arms import PlanInputs, build_arm, check_arm
 from apps.plan_compare import compare_arms
 from apps.plan_report import plan_page, side_by_side_table
 from apps.session import mean_history
@@ -54,7 +54,7 @@ class PlanConfig:
     model: RankingConfig = field(
         default_factory=lambda: RankingConfig(dim=64, history_length=256, table_rows=50_000_000)
     )
-    """The model, as in apps.train; its arm is one of full_id, hashed_prefix, sentence_piece, side."""
+    """The model, as in apps.train, with any arm but those over content embeddings."""
     tables: TableOptimizer = field(default_factory=TableOptimizer)
     """Optimizer of the tables: its state takes memory."""
     batch_size: int | None = None
@@ -74,19 +74,18 @@ class PlanConfig:
     mean_history: float | None = None
     """Mean events of a history; default: measured in the prepared log, else as many as the model keeps."""
     pieces: int = 10_000_000
-    """Vocabulary of the SentencePiece arm."""
+    """Vocabulary of the channel sentencepiece."""
     pieces_per_item: float = 2.0
     """Mean pieces of one item's SID."""
     pieces_model: str | None = None
     """A SidPieces file, with --catalog: gives both numbers, over the items of the catalog."""
     side_digits: int = 25
-    """Trits of the SIDE arm's SIDs."""
+    """Trits of the SIDs of the channel side."""
     compare_items: tuple[int, ...] = (10**6, 10**7, 10**8, 10**9)
     """Numbers of items of the side by side; empty: none."""
 
     def __post_init__(self) -> None:
-        if self.model.arm not in PLAN_ARMS:
-            raise SidError("model.arm", f"{self.model.arm!r}", f"Plan one of {', '.join(PLAN_ARMS)}.")
+        check_arm(self.model.arm)
         for name in ("items", "pieces", "pieces_per_item", "side_digits"):
             if getattr(self, name) <= 0:
                 raise SidError(name, str(getattr(self, name)), "It must be above 0.")
@@ -123,7 +122,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """
     planner = planner_for(config)
     inputs = plan_inputs(config)
-    built = PLAN_ARMS[config.model.arm](inputs, inputs.log.items)
+    built = build_arm(config.model.arm, inputs, inputs.log.items)
     tables = find_tables(built.module)
     config.tables.mark(table_parameters(built.module, tables).values())
     planned = make_plan(built.module, planner, feature_lengths=built.feature_lengths)
@@ -221,7 +220,7 @@ def _assumptions(config: PlanConfig, planner: PlannerConfig, inputs: PlanInputs)
         "planned GiB: weights, optimizer state and buffers of ids, embeddings and gradients, all ranks.",
         "bytes/event: the item of one history event at rest. wire: ids, embeddings and gradients of tables "
         "that leave their rank, in the world asked for, without the dense all-reduce, equal for all arms.",
-        f"sentence_piece: {inputs.pieces:,} pieces, {inputs.pieces_per_item:g} per item; hashed_prefix: "
+        f"sentencepiece: {inputs.pieces:,} pieces, {inputs.pieces_per_item:g} per item; hashed_prefix: "
         f"{inputs.spec.levels} prefixes in at most {config.model.table_rows:,} rows a table; side: "
         f"{inputs.side_spec.levels} trits, no table.",
         "GPUs needed: the smallest of 1, 2, 4, 8, 16, ... 1,024 whose memory holds the tables.",

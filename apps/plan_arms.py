@@ -1,22 +1,25 @@
-"""The same ranker over raw ids, hashed prefixes, SentencePiece and SIDE, on the meta device."""
+"""The ranker that `apps.train` builds for an arm, on the meta device, at any number of items."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, RankingConfig, build_ranking
+from torchrec_sid.models.channels import CHANNELS, arm_named
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces
 
 META = torch.device("meta")
+PLAN_ARMS = ("full_id", "hashed_prefix", "sentencepiece", "side")
+"""The side by side: raw ids, hashed prefixes, SentencePiece, and codes without a table."""
 SIDE_DIM = 384
-"""Dimensions into which the SIDs of the SIDE arm decode; only the dense parameters depend on it."""
+"""Dimensions into which the SIDs of the channel side decode; only the dense parameters depend on it."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,11 @@ class PlanInputs:
     log: LogSizes
     """Sizes of the log."""
     spec: SidSpec
-    """SIDs of the hashed-prefix and the SentencePiece arm."""
+    """SIDs of the channels with tables."""
     side_spec: SidSpec
-    """SIDs of the SIDE arm."""
+    """SIDs of the channel side."""
     pieces: int
-    """Vocabulary of the SentencePiece arm."""
+    """Vocabulary of the channel sentencepiece."""
     pieces_per_item: float
     """Mean pieces of one item's SID."""
     mean_history: float
@@ -45,28 +48,43 @@ class ArmPlanInput(NamedTuple):
     module: nn.Module
     """On the meta device."""
     feature_lengths: dict[str, float]
-    """Feature -> mean items (or pieces) per sample."""
+    """Feature -> mean items per sample; the collections know how many rows an item is."""
     bytes_per_event: int
     """At rest: what the item of one history event costs."""
 
 
-def full_id(inputs: PlanInputs, items: int) -> ArmPlanInput:
-    """Tables with a row for every item."""
-    return _arm("full_id", inputs, items)
+def check_arm(name: str) -> None:
+    """Raise SidError unless an arm can be planned for."""
+    if arm_named(name).needs_content:
+        possible = ", ".join(channel for channel in CHANNELS if channel != "dense")
+        raise SidError("model.arm", f"{name!r} reads embeddings, not tables", f"Plan one of {possible}.")
 
 
-def hashed_prefix(inputs: PlanInputs, items: int) -> ArmPlanInput:
-    """Prefix n-grams of the SID, hashed into ``table_rows`` rows."""
-    return _arm("hashed_prefix", inputs, items)
+def build_arm(name: str, inputs: PlanInputs, items: int) -> ArmPlanInput:
+    """The model of an arm with ``items`` items, named as in ``apps.train``, so that its plan fits there.
 
-
-def sentence_piece(inputs: PlanInputs, items: int) -> ArmPlanInput:
-    """One row per piece; an item is as many rows as its SID has pieces.
-
-    Of the vocabulary only its size and the pieces per item matter here: no vocabulary need exist yet.
+    Raises:
+        SidError: an unknown arm, or one over content embeddings, which has nothing to plan.
     """
+    check_arm(name)
+    digits = torch.randn(inputs.side_spec.levels, SIDE_DIM, generator=torch.Generator().manual_seed(0))
+    ranking = build_ranking(
+        replace(inputs.model, arm=name),
+        inputs.log._replace(items=items),
+        spec=inputs.spec,
+        pieces=_vocabulary(inputs) if arm_named(name).needs_pieces else None,
+        basis=FrozenBasis.from_digits(inputs.side_spec, digits),
+        device=META,
+    )
+    history = inputs.mean_history
+    lengths = {"item": 1.0, "item_sid": 1.0, "history": history, "history_sid": history}
+    return ArmPlanInput(ranking.module, lengths, ranking.arm.bytes_per_event(ranking.inputs))
+
+
+def _vocabulary(inputs: PlanInputs) -> SidPieces:
+    """Only its size and the pieces per item matter to a plan: no vocabulary need exist yet."""
     rows = torch.zeros(inputs.pieces, dtype=torch.int64)
-    pieces = SidPieces(
+    return SidPieces(
         inputs.spec,
         PieceTrainerConfig(vocab_size=max(2, inputs.pieces)),
         starts=rows,
@@ -76,45 +94,3 @@ def sentence_piece(inputs: PlanInputs, items: int) -> ArmPlanInput:
         model_proto=torch.zeros(0, dtype=torch.uint8),
         pieces_per_item=inputs.pieces_per_item,
     )
-    lengths = {name: n * inputs.pieces_per_item for name, n in _lengths(inputs).items()}
-    return _arm("sentencepiece", inputs, items, lengths, pieces)
-
-
-def side(inputs: PlanInputs, items: int) -> ArmPlanInput:
-    """Attention over packed codes, by frozen constants: no table, nothing to send."""
-    return _arm("side", inputs, items)
-
-
-PLAN_ARMS: dict[str, Callable[[PlanInputs, int], ArmPlanInput]] = {
-    "full_id": full_id,
-    "hashed_prefix": hashed_prefix,
-    "sentence_piece": sentence_piece,
-    "side": side,
-}
-"""Name -> how to build it for a number of items."""
-
-
-def _arm(
-    name: str,
-    inputs: PlanInputs,
-    items: int,
-    lengths: dict[str, float] | None = None,
-    pieces: SidPieces | None = None,
-) -> ArmPlanInput:
-    """The model that ``apps.train`` builds for an arm, by the same names, so that its plan fits."""
-    digits = torch.randn(inputs.side_spec.levels, SIDE_DIM, generator=torch.Generator().manual_seed(0))
-    ranking = build_ranking(
-        replace(inputs.model, arm=name),
-        inputs.log._replace(items=items),
-        spec=inputs.spec,
-        pieces=pieces,
-        basis=FrozenBasis.from_digits(inputs.side_spec, digits),
-        device=META,
-    )
-    size = ranking.arm.bytes_per_event(ranking.inputs)
-    return ArmPlanInput(ranking.module, lengths or _lengths(inputs), size)
-
-
-def _lengths(inputs: PlanInputs) -> dict[str, float]:
-    history = inputs.mean_history
-    return {"item": 1.0, "item_sid": 1.0, "history": history, "history_sid": history}

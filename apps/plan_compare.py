@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from apps.plan_arms import PLAN_ARMS, ArmPlanInput, PlanInputs
+from apps.plan_arms import PLAN_ARMS, ArmPlanInput, PlanInputs, build_arm
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig, TableConstraint
@@ -43,7 +43,7 @@ def cost_of(
     arm: str, inputs: PlanInputs, items: int, planner: PlannerConfig, optimizer: TableOptimizer
 ) -> ArmCost:
     """Plan one arm for the configured world, and find the smallest world that it fits."""
-    built = PLAN_ARMS[arm](inputs, items)
+    built = build_arm(arm, inputs, items)
     tables = find_tables(built.module)
     weights = table_parameters(built.module, tables)
     optimizer.mark(weights.values())

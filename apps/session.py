@@ -147,6 +147,10 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
     )
     identity = {"log": log.fingerprint, "seed": str(config.seed)}
     identity |= {name: catalog.fingerprint for name, catalog in sids.catalogs.items()}
+    if sids.pieces is not None:
+        identity["pieces"] = sids.pieces.fingerprint
+    if config.shuffle_sids:
+        identity["SIDs"] = "shuffled"
     dense: list[torch.optim.Optimizer] = []
 
     def make_dense(parameters: Any) -> torch.optim.Optimizer:
@@ -161,6 +165,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
             Path(config.output) / "checkpoints",
             asynchronous=config.asynchronous_checkpoints,
             identity=identity,
+            accepts={name: catalog.extends for name, catalog in sids.catalogs.items()},
         ),
         checkpoint_every=config.checkpoint_every,
         metadata={

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils.tensorboard import SummaryWriter
 
-from apps.cli import parse_config, plain_errors
+from apps.cli import parse_config
+from apps.failure import one_message
+from apps.rundir import StepRecorder, describe_run, open_rank_log, set_up_logging
 from apps.session import Session, open_session, start_processes
 from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
-from torchrec_sid.doctor import find_versions
 from torchrec_sid.models.dlrm import RankingOutput
-from torchrec_sid.parallel.plan_file import save_plan
 from torchrec_sid.training.loop import TrainResult
 from torchrec_sid.training.profile import StepProfiler
 from torchrec_sid.training.progress import TrainingProgress
@@ -36,20 +34,19 @@ logger = logging.getLogger("apps.train")
 @record
 def main() -> None:
     """Entry point of each process."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    # TorchRec calls torch functions that warn on every step; its users can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("apps", "torchrec_sid"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    set_up_logging()
     config = parse_config(TrainConfig, __doc__)
-    device = start_processes()
     try:
-        with plain_errors():
+        with one_message():
+            device = start_processes()
+            open_rank_log(config.output, dist.get_rank())
             report = train(config, device)
-        if dist.get_rank() == 0:
-            logger.info("%s", json.dumps(report["slices"]["all"]))
+            if dist.get_rank() == 0:
+                logger.info("%s", json.dumps(report["slices"]["all"]))
+            dist.barrier()  # leave together
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -64,8 +61,7 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     session = open_session(config, device)
     output = Path(config.output)
     try:
-        if session.ranks.rank == 0:
-            _describe_run(session, output)
+        session.ranks.first(lambda: describe_run(session, output), where=config.output)
         result = _run(session, output)
         slices = session.evaluate(config.evaluate_on)
     finally:
@@ -76,8 +72,7 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "evaluated_on": config.evaluate_on,
         "identity": session.identity,
     }
-    if session.ranks.rank == 0:
-        write_json(output / "metrics.json", report)
+    session.ranks.first(lambda: write_json(output / "metrics.json", report), where=config.output)
     return report
 
 
@@ -86,7 +81,7 @@ def _run(session: Session, output: Path) -> TrainResult:
     at = session.loop.resume()
     if at.step and first:
         logger.info("resuming after step %d", at.step)
-    board = SummaryWriter(str(output / "tensorboard")) if first else None
+    recorder = StepRecorder(output, session.ranks.rank)
     profiler = (
         StepProfiler(output / "profile", config.profile, session.ranks.rank) if config.profile else None
     )
@@ -94,8 +89,7 @@ def _run(session: Session, output: Path) -> TrainResult:
     def on_step(step: int, out: RankingOutput) -> None:
         if profiler is not None:
             profiler.step()
-        if board is not None and step % 20 == 0:
-            board.add_scalar("train/loss", float(out.loss), step)
+        recorder(step, out)
 
     with TrainingProgress(session.steps, done=at.step, title=config.model.arm, enabled=first) as progress:
         result = session.loop.train(
@@ -108,17 +102,8 @@ def _run(session: Session, output: Path) -> TrainResult:
         )
     if profiler is not None:
         profiler.close()
-    if board is not None:
-        board.close()
+    recorder.close(result)
     return result
-
-
-def _describe_run(session: Session, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", asdict(session.config))
-    write_json(output / "environment.json", find_versions())
-    save_plan(output / "plan.json", session.sharded.plan)
-    (output / "plan.txt").write_text(f"{session.sharded.plan}\n{session.sharded.report}\n")
 
 
 def _costs(session: Session, result: TrainResult) -> dict[str, Any]:
@@ -127,6 +112,7 @@ def _costs(session: Session, result: TrainResult) -> dict[str, Any]:
         lambda: {
             "examples_per_second": result.examples / result.seconds if result.steps else 0.0,
             "data_wait_seconds": result.data_wait,
+            "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
         where="costs",

@@ -1,21 +1,24 @@
 """Examples per second of each arm: 1 and 2 processes, pipelined or not, our loop and a bare TorchRec one.
 
-`python -m apps.bench.training [--quick] --json FILE`. The loops alternate in the same processes on equal
-models and batches; the median over repeats counts. A bare loop calls TorchRec's pipeline and nothing else;
-ours also keeps the position, shows progress and writes TensorBoard.
+`python -m apps.bench.training [--quick] --json FILE`, in pieces with `--arms` and `--processes`: rows that
+FILE has of other arms and processes stay. The loops alternate in the same processes on equal models and
+batches; the median over repeats counts. A bare loop calls TorchRec's pipeline and nothing else; ours does
+what apps.train does beside that: the position, the learning rate, progress, TensorBoard and the rank's log.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
+from apps.rundir import StepRecorder
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.prepare import prepare
 from torchrec_sid.data.prepared import PreparedLog
@@ -36,11 +39,15 @@ from torchrec_sid.models.channels import ARMS
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
+from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces, train_pieces
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.progress import TrainingProgress
+from torchrec_sid.training.schedule import LinearDecay
 
 _SPEC = SidSpec((64, 64, 64, 64))
+_SIDE = SidSpec((3,) * 25)
 _BATCH = 512
 
 
@@ -48,31 +55,50 @@ _BATCH = 512
 class BenchConfig:
     """How much to measure."""
 
-    steps: int = 150
+    steps: int = 40
     """Steps of each measurement."""
     repeats: int = 5
     """Measurements of each kind, alternating."""
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = (*ARMS, "sentencepiece", "side")
     """Which arms."""
+    processes: tuple[int, ...] = (1, 2)
+    """Numbers of processes."""
 
 
-QUICK = BenchConfig(steps=30, repeats=2, arms=("none", "full_id", "hashed_prefix"))
+QUICK = BenchConfig(steps=20, repeats=2, arms=("none", "full_id", "hashed_prefix"))
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer arms, steps and repeats")
+    parser.add_argument("--arms", nargs="*", help="only these")
+    parser.add_argument("--processes", nargs="*", type=int, help="only these")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args()
     config = QUICK if options.quick else BenchConfig()
+    config = replace(
+        config,
+        arms=tuple(options.arms or config.arms),
+        processes=tuple(options.processes or config.processes),
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_synthetic(Path(folder) / "log", SyntheticConfig())
         log = prepare(Path(folder) / "log", Path(folder) / "prepared")
-        rows = [row for processes in (1, 2) for row in _measure(config, log, processes)]
+        rows = [row for processes in config.processes for row in _measure(config, log, processes)]
     if options.json is not None:
-        write_json(options.json, {"rows": rows})
-    Console().print(_table(rows))
+        write_json(options.json, {"rows": [*_others(options.json, rows), *rows]})
+    console = Console()
+    if not console.is_terminal:  # a log has no width: do not cut the table
+        console = Console(width=120)
+    console.print(_table(rows))
+
+
+def _others(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What an earlier piece of the bench wrote of other arms and processes."""
+    measured = {(row["arm"], row["processes"]) for row in rows}
+    earlier = json.loads(file.read_text())["rows"] if file.is_file() else []
+    return [row for row in earlier if (row["arm"], row["processes"]) not in measured]
 
 
 def _measure(config: BenchConfig, log: PreparedLog, processes: int) -> list[dict[str, Any]]:
@@ -149,7 +175,14 @@ def _measure_arm(
 def _build(log: PreparedLog, arm: str) -> tuple[Ranking, ShardedModel]:
     torch.manual_seed(0)
     content = torch.randn(log.items, 384, generator=torch.Generator().manual_seed(0))
-    ranking = build_ranking(RankingConfig(arm=arm), log, spec=_SPEC, content=content)
+    ranking = build_ranking(
+        RankingConfig(arm=arm),
+        log,
+        spec=_SPEC,
+        pieces=_pieces() if arm == "sentencepiece" else None,
+        basis=FrozenBasis.from_digits(_SIDE, torch.randn(_SIDE.levels, 384)),
+        content=content,
+    )
     sharded = shard_model(
         ranking.module,
         PlannerConfig(),
@@ -160,9 +193,18 @@ def _build(log: PreparedLog, arm: str) -> tuple[Ranking, ShardedModel]:
     return ranking, sharded
 
 
+@functools.cache
+def _pieces() -> SidPieces:
+    codes = torch.randint(0, 64, (4000, 4), generator=torch.Generator().manual_seed(0))
+    codes[:, 1] = (codes[:, 0] + codes[:, 1] % 8) % 64
+    return train_pieces(_SPEC, codes, PieceTrainerConfig(1000))
+
+
 def _read(log: PreparedLog, ranking: Ranking, steps: int) -> list[Any]:
     """Batches in memory, so that reading is not what is measured."""
-    codes = torch.randint(0, 64, (log.items, 4), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 64, (log.items, 4), generator=generator)
+    trits = torch.randint(0, 3, (log.items, _SIDE.levels), generator=generator)
     world = dist.get_world_size()
     reader = BatchReader(
         log,
@@ -171,6 +213,7 @@ def _read(log: PreparedLog, ranking: Ranking, steps: int) -> list[Any]:
         rank=dist.get_rank(),
         world_size=world,
         item_sids=_SPEC.pack(codes),
+        sid_bytes=_SIDE.pack_bytes(trits),
     )
     return list(itertools.islice(reader, steps))
 
@@ -184,19 +227,26 @@ def _our_loop(
 ) -> Callable[[], None]:
     ranking, sharded = _build(log, arm)
     batches = _read(log, ranking, config.steps)
-    loop = TrainingLoop(
-        sharded.model, sharded.make_optimizer(_adam), torch.device("cpu"), pipelined=pipelined
-    )
-    board = SummaryWriter(str(folder))
+    dense: list[torch.optim.Optimizer] = []
 
-    def on_step(step: int, output: Any) -> None:
-        if step % 20 == 0:
-            board.add_scalar("train/loss", float(output.loss), step)
+    def make_dense(parameters: Any) -> torch.optim.Optimizer:
+        dense.append(_adam(parameters))
+        return dense[-1]
+
+    loop = TrainingLoop(
+        sharded.model, sharded.make_optimizer(make_dense), torch.device("cpu"), pipelined=pipelined
+    )
+    recorder = StepRecorder(folder, dist.get_rank())
+    schedule = LinearDecay(dense[0], 1_000_000)
 
     def run() -> None:
         with TrainingProgress(config.steps, enabled=dist.get_rank() == 0) as progress:
             loop.train(
-                lambda epoch, start: batches, loop.position.epoch + 1, progress=progress, on_step=on_step
+                lambda epoch, start: batches,
+                loop.position.epoch + 1,
+                progress=progress,
+                on_step=recorder,
+                schedule=schedule.set,
             )
 
     return run

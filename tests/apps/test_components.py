@@ -76,7 +76,7 @@ def test_the_config_file_picks_the_scheduler_and_defaults_suit_a_laptop():
     request = scheduler_request(text)
     for part in (
         "'-m',",
-        "'torch.distributed.run'",
+        "'apps.torchrun'",
         "'--standalone'",
         "'apps.train'",
         "'--steps'",
@@ -120,7 +120,7 @@ def test_kubernetes_dry_run_of_two_nodes():
     container = pod["containers"][0]
     assert container["image"] == "registry.example/sid:1"
     assert container["command"][:2] == ["bash", "-c"]
-    assert container["command"][2].startswith("python -m torch.distributed.run --nproc_per_node 8")
+    assert container["command"][2].startswith("python -m apps.torchrun --nproc_per_node 8")
     assert "--nnodes 1:2" in container["command"][2]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
     assert {"name": "NCCL_DEBUG", "value": "WARN"} in container["env"]
@@ -155,6 +155,33 @@ def test_single_process_components_run_their_app(name):
     assert role.args == ["-m", f"apps.{name}", "--x", "1 2"]
     assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (4, 1, 100)
     assert (role.max_retries, role.env["A"]) == (1, "b")
+
+
+@pytest.mark.parametrize("name", ["quantize", "evaluate", "compare", "export"])
+def test_single_process_components_on_slurm_and_kubernetes(name):
+    pytest.importorskip("kubernetes")
+    component = f"{ROOT}/apps/components.py:{name}"
+    options = ["--cpu", "8", "--gpu", "1", "--memMB", "64000", "--max_retries", "2", "--python", "python"]
+    mounts = ["--image", "registry.example/sid:1", "--mounts", "type=volume,src=runs,dst=/runs"]
+    app = ["--", "--output", "/runs/a b"]
+    with get_runner() as runner:
+        job = runner.dryrun_component(
+            component, [*options, *app], scheduler="slurm", cfg={"partition": "gpu", "job_dir": None}
+        )
+        pods = runner.dryrun_component(
+            component, [*options, *mounts, *app], scheduler="kubernetes", cfg={"queue": "research"}
+        )
+    script = str(job.request)
+    assert f"apps.{name}" in script
+    assert "'/runs/a b'" in script
+    assert "--cpus-per-task=8 --mem=64000" in script
+    assert "--gpus-per-task=1" in script
+    [task] = pods.request.resource["spec"]["tasks"]
+    container = task["template"].spec.containers[0]
+    assert container.command == ["python", "-m", f"apps.{name}", "--output", "/runs/a b"]
+    assert container.resources.limits["nvidia.com/gpu"] == "1"
+    assert "/runs" in [mount.mount_path for mount in container.volume_mounts]
+    assert pods.request.resource["spec"]["maxRetry"] == 2
 
 
 def test_elastic_bounds_are_checked():

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from apps.plan import PlanConfig, main, measure_pieces, plan, plan_inputs, planner_for
-from apps.plan_arms import PLAN_ARMS
+from apps.plan_arms import PLAN_ARMS, build_arm
 from apps.plan_compare import cost_of
 from tests.logs import SPEC, random_sids, small_log
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig, build_ranking
+from torchrec_sid.parallel.constraints import model_pooling_factors
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import check_plan, load_plan
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
@@ -110,8 +111,10 @@ def test_pieces_are_measured_in_a_model(tmp_path):
     options = {"pieces_model": str(tmp_path / "pieces.safetensors"), "catalog": str(tmp_path / "catalog")}
     inputs = plan_inputs(PlanConfig("unused", **options))
     assert (inputs.pieces, inputs.pieces_per_item) == (vocabulary, per_item)
-    lengths = PLAN_ARMS["sentence_piece"](inputs, 500).feature_lengths
-    assert lengths["history_sid"] == pytest.approx(256 * per_item)
+    built = build_arm("sentencepiece", inputs, 500)
+    factors = model_pooling_factors(built.module, built.feature_lengths)
+    assert factors["t_history_piece"] == pytest.approx((256 * per_item,))
+    assert factors["t_item_piece"] == pytest.approx((per_item,))
     with pytest.raises(SidError, match="Pass --catalog"):
         PlanConfig("unused", pieces_model="x")
 
@@ -134,10 +137,10 @@ def test_every_option_changes_the_plan():
     assert costs(device="cpu", model=small).step_ms > costs(model=small).step_ms
     assert costs(optimizer="adam").planned_bytes > base.planned_bytes
     assert costs("full_id", items=10**7).table_bytes > costs("full_id").table_bytes
-    pieces = costs("sentence_piece")
+    pieces = costs("sentencepiece")
     # Each of the two tables has one row more, for the unknown item.
-    assert costs("sentence_piece", pieces=20_000_000).table_rows == 2 * pieces.table_rows - 2
-    assert costs("sentence_piece", pieces_per_item=4.0).wire_bytes_per_batch > pieces.wire_bytes_per_batch
+    assert costs("sentencepiece", pieces=20_000_000).table_rows == 2 * pieces.table_rows - 2
+    assert costs("sentencepiece", pieces_per_item=4.0).wire_bytes_per_batch > pieces.wire_bytes_per_batch
     assert costs("side", side_digits=50).bytes_per_event == 2 * costs("side").bytes_per_event == 10
 
 
@@ -151,7 +154,7 @@ def test_tables_that_do_not_fit():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model.arm", "dense"), "Plan one of full_id, hashed_prefix, sentence_piece, side"),
+        (("--model.arm", "dense"), "Plan one of full_id, random_hash, hashed_prefix"),
         (("--items", "0"), "items: 0. It must be above 0."),
         (("--node", "h900"), "Presets are"),
         (("--planner", "/nowhere.yaml"), "/nowhere.yaml: no such file"),
@@ -169,7 +172,8 @@ def test_errors_end_the_command_with_one_line(tmp_path, monkeypatch, arguments, 
 def test_a_planner_file_is_followed_and_options_win(tmp_path):
     file = tmp_path / "planner.yaml"
     file.write_text(
-        "topology: {world_size: 4, node: a100_80gb}\nbatch_size: 64\ntables: {t_item_prefix: {ranks: [2]}}\n"
+        "topology: {world_size: 4, node: a100_80gb}\nbatch_size: 64\n"
+        "tables: {t_item_prefix: {ranks: [2]}}\n"
     )
     config = PlanConfig(
         str(tmp_path / "a"),
