@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import shutil
-import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ from apps.cli import parse_config, plain_errors
 from apps.launch import launch_training
 from apps.learn_sids import LearnedSids, SidRecipe, learn_sids, sid_options
 from apps.report import markdown_table, summarise_arm, terminal_table, write_report
+from apps.runs import claim_run, git_commit
 from apps.train_config import TrainConfig
-from torchrec_sid.artifact import write_json
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
@@ -100,7 +98,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         "world_size": config.processes,
         "seeds": list(range(config.seeds)),
         "command": shlex.join(["python", "-m", "apps.compare", *sys.argv[1:]]),
-        "git": _git_commit(),
+        "git": git_commit(),
         "evaluated_on": config.evaluate_on,
         "arms": [summarise_arm(runs[name]) for name in config.arms],
     }
@@ -166,7 +164,7 @@ def _train_all(
                     seed=seed,
                 )
                 marks = {"log": log.fingerprint} | {kind: s.fingerprint for kind, s in sids.items()}
-                if not _is_done(run, config.processes, marks):
+                if not claim_run(run, config.processes, marks):
                     launch_training(
                         run, config.processes, on_line=lambda line: bar.update(task, note=_note(line))
                     )
@@ -175,36 +173,9 @@ def _train_all(
     return runs
 
 
-def _is_done(run: TrainConfig, processes: int, marks: dict[str, str]) -> bool:
-    """Whether an earlier comparison finished this run; one that it began is resumed, any other removed."""
-    output = Path(run.output)
-    stamp = output / "comparison.json"
-    wanted = json.loads(json.dumps({"config": asdict(run), "processes": processes, **marks}))
-    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
-        return (output / "metrics.json").is_file()
-    if output.exists():
-        shutil.rmtree(output)
-    write_json(stamp, wanted)
-    return False
-
-
 def _note(line: str) -> str:
     """The progress part of a log line of apps.train, or nothing."""
     return line.rsplit(": ", 1)[-1] if "examples/s" in line else ""
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

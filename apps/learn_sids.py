@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from apps.quantize_content import Content, fit_fusion
 from apps.quantize_report import plot_quality
 from torchrec_sid.artifact import write_json
 from torchrec_sid.catalog import SidCatalog
@@ -24,11 +26,12 @@ from torchrec_sid.quantizers import (
     ResidualKMeansConfig,
     RqVae,
     RqVaeConfig,
+    VqFusionConfig,
 )
 from torchrec_sid.quantizers.impressions import sample_impressed
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
 
-QuantizerConfig = ResidualKMeansConfig | DiscretePcaConfig | RqVaeConfig
+QuantizerConfig = ResidualKMeansConfig | DiscretePcaConfig | RqVaeConfig | VqFusionConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,13 @@ class SidRecipe:
     quantizer: QuantizerConfig
     """What learns the SIDs."""
     source: str | None = None
-    """Embedding source; default: the log's own."""
+    """Embedding source; default: the log's own. Fusion takes ``sources``."""
+    sources: tuple[str, ...] = ()
+    """Embedding sources that VqFusion fuses; default: all of the log's."""
+    categories: tuple[str, ...] = ()
+    """Category columns of items.parquet that it fuses in."""
+    separator: str | None = None
+    """What stands between several values of a category."""
     impressed: bool = True
     """Fit on items in proportion to their training events, instead of on every item of training once."""
     pieces: PieceTrainerConfig | None = None
@@ -98,20 +107,24 @@ def sid_options(arm: Arm, tables: LearnedSids | None, side: LearnedSids | None) 
 
 
 def _learn(recipe: SidRecipe, data: Path, log: PreparedLog, output: Path) -> None:
-    matrix = torch.from_numpy(np.array(LogFolder.open(data).embedding_matrix(recipe.source))).float()
+    output.mkdir(parents=True, exist_ok=True)
     impressions = torch.from_numpy(np.array(log.item_train_events))
     seen = impressions > 0
-    quantizer = _make(matrix.shape[1], recipe.quantizer)
-    sample = matrix[seen]
-    if recipe.impressed:
-        sample = sample_impressed(matrix, impressions, seed=recipe.quantizer.seed)
-    quantizer.fit(sample)
-    output.mkdir(parents=True, exist_ok=True)
+    folder = LogFolder.open(data)
+    if isinstance(recipe.quantizer, VqFusionConfig):
+        quantizer, codes = _fuse(recipe, folder, seen, output)
+    else:
+        matrix = torch.from_numpy(np.array(folder.embedding_matrix(recipe.source))).float()
+        quantizer = _make(matrix.shape[1], recipe.quantizer)
+        sample = matrix[seen]
+        if recipe.impressed:
+            sample = sample_impressed(matrix, impressions, seed=recipe.quantizer.seed)
+        quantizer.fit(sample)
+        quality = quantizer.quality(matrix if bool(seen.all()) else matrix[~seen])
+        write_json(output / "quality.json", quality.to_dict())
+        plot_quality(quality, output / "quality.png")
+        codes = quantizer.encode(matrix)
     mark = quantizer.save(output / "quantizer.safetensors")
-    quality = quantizer.quality(matrix if bool(seen.all()) else matrix[~seen])
-    write_json(output / "quality.json", quality.to_dict())
-    plot_quality(quality, output / "quality.png")
-    codes = quantizer.encode(matrix)
     ids = np.array(log.item_ids)
     SidCatalog.create(output / "catalog", quantizer.spec, ids, codes, mark, overwrite=True)
     if recipe.pieces is not None:
@@ -119,11 +132,22 @@ def _learn(recipe: SidRecipe, data: Path, log: PreparedLog, output: Path) -> Non
         pieces.save(output / "pieces.safetensors")
 
 
-def _make(dim: int, config: Any) -> Quantizer:
-    kinds: dict[type[Any], type[Any]] = {
-        ResidualKMeansConfig: ResidualKMeans,
-        DiscretePcaConfig: DiscretePca,
-        RqVaeConfig: RqVae,
-    }
-    quantizer: Quantizer = kinds[type(config)](dim, config)
-    return quantizer
+def _fuse(recipe: SidRecipe, folder: LogFolder, seen: Tensor, output: Path) -> tuple[Quantizer, Tensor]:
+    config = recipe.quantizer
+    assert isinstance(config, VqFusionConfig)
+    fusion = fit_fusion(
+        folder, recipe.sources, recipe.categories, recipe.separator, config, seen.numpy(), output, False
+    )
+    content = Content(folder, fusion, output)
+    everything = np.ones(len(seen), bool)
+    write_json(output / "sources.json", content.sources(everything, 1))
+    return fusion, torch.cat([content.view.encode(batch) for batch in content.stream(everything)])
+
+
+def _make(dim: int, config: QuantizerConfig) -> Quantizer:
+    if isinstance(config, ResidualKMeansConfig):
+        return ResidualKMeans(dim, config)
+    if isinstance(config, DiscretePcaConfig):
+        return DiscretePca(dim, config)
+    assert isinstance(config, RqVaeConfig)
+    return RqVae(dim, config)

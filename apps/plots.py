@@ -55,3 +55,23 @@ def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_gains(rows: Sequence[Mapping[str, Any]], x_axis: str, path: Path) -> None:
+    """NE of each row of a paper's table, overall and cold, against what it costs."""
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    for axes, key, title in zip(panels, ("ne", "ne_cold"), ("all examples", "cold items"), strict=True):
+        for row in rows:
+            if row[key] is None:
+                continue
+            axes.errorbar(row[x_axis], row[key], yerr=row[f"{key}_std"] or 0.0, fmt="o", ms=5, lw=1)
+            axes.annotate(
+                row["name"], (row[x_axis], row[key]), xytext=(5, 3), textcoords="offset points", fontsize=7
+            )
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlabel(x_axis.replace("_", " "))
+        axes.set_ylabel("normalized entropy (lower is better)")
+        axes.set_title(title)
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apps.item_sids import open_item_sids
 from apps.train_config import TrainConfig
+from torchrec_sid.artifact import save_artifact
 from torchrec_sid.data.batch import BatchConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
@@ -23,14 +24,20 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SliceMetrics
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.models.channels import arm_named
+from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.checkpoint import CheckpointManager
+from torchrec_sid.parallel.constraints import model_pooling_factors
 from torchrec_sid.parallel.plan_file import load_plan, plan_to_json
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
+from torchrec_sid.parallel.tables import find_tables
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.schedule import LinearDecay
+
+PREDICTIONS = "predictions"
+"""Kind of the artefact that holds ``predictions`` ``[rows]`` float32, in the order of the split."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Session:
     """Fingerprints of what the weights depend on."""
     trained_parameters: int
     """Elements of all parameters, tables included."""
+    lookups_per_item: float
+    """Mean rows that one item reads from tables."""
     item_sids: Tensor | None
     """``[N]`` int64 packed SID of each item, for channels with tables over SIDs."""
     sid_bytes: Tensor | None
@@ -86,8 +95,23 @@ class Session:
         )
 
     def evaluate(self, split: str) -> dict[str, SliceMetrics]:
-        """Metrics by slice of a split, the same on every rank."""
-        return self.loop.evaluate(self.read(split), self.batch_size, self.ranks.size)
+        """Metrics by slice of a split, the same on every rank; writes this rank's predictions if asked."""
+        parts: list[Tensor] = []
+
+        def keep(output: RankingOutput) -> None:
+            parts.append(torch.sigmoid(output.logits[output.weights > 0]).cpu())
+
+        on_batch = keep if self.config.predictions else None
+        slices = self.loop.evaluate(self.read(split), self.batch_size, self.ranks.size, on_batch)
+        if self.config.predictions:
+            save_artifact(
+                Path(self.config.output) / f"predictions-rank-{self.ranks.rank}.safetensors",
+                kind=PREDICTIONS,
+                version=1,
+                config={"split": split},
+                tensors={"predictions": torch.cat(parts)},
+            )
+        return slices
 
     def close(self) -> None:
         """Wait for checkpoints in flight."""
@@ -134,6 +158,9 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         device=device,
     )
     parameters = sum(p.numel() for p in ranking.module.parameters())
+    candidates = {name for name, table in find_tables(ranking.module).items() if table.pooled}
+    factors = model_pooling_factors(ranking.module)
+    lookups = sum(sum(factors[name]) for name in candidates)
     planner = load_planner_config(config.planner) if config.planner else PlannerConfig()
     lengths = dict.fromkeys(("history", "history_sid"), mean_history(config.model, log))
     sharded = shard_model(
@@ -186,6 +213,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         schedule,
         identity,
         parameters,
+        lookups,
         sids.item_sids,
         sids.item_bytes,
     )

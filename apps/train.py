@@ -127,6 +127,7 @@ def _costs(session: Session, result: TrainResult) -> dict[str, Any]:
         "ranks": each,
         "bytes_per_event": ranking.arm.bytes_per_event(ranking.inputs),
         "table_rows": session.table_rows,
+        "lookups_per_item": session.lookups_per_item,
         "trained_parameters": session.trained_parameters,
     }
 

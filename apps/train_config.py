@@ -58,5 +58,7 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     asynchronous_checkpoints: bool = False
     """Write checkpoints in the background."""
+    predictions: bool = False
+    """Write what each rank predicts for the evaluated split to OUTPUT/predictions-rank-R.safetensors."""
     profile: int = 0
     """Steps to profile; writes traces and their parts to OUTPUT/profile."""

@@ -183,13 +183,20 @@ class TrainingLoop:
             {**self.metadata, "position": asdict(self.position)},
         )
 
-    def evaluate(self, batches: Batches, batch_size: int, world_size: int) -> dict[str, SliceMetrics]:
+    def evaluate(
+        self,
+        batches: Batches,
+        batch_size: int,
+        world_size: int,
+        on_batch: Callable[[RankingOutput], None] | None = None,
+    ) -> dict[str, SliceMetrics]:
         """Metrics by slice over ``batches``, the same on every rank.
 
         Args:
             batches: this rank's part of the evaluation.
             batch_size: rows per rank and batch.
             world_size: number of ranks.
+            on_batch: called with what the model says of each batch.
 
         Raises:
             SidError: a rank has fewer batches than another, on every rank: some rows would not count.
@@ -207,6 +214,8 @@ class TrainingLoop:
         self.model.eval()
         with torch.no_grad():
             for output in self._progress(batches):
+                if on_batch is not None:
+                    on_batch(output)
                 metrics.update(
                     predictions=torch.sigmoid(output.logits.double()),
                     labels=output.labels,

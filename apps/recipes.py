@@ -1,0 +1,182 @@
+"""Recipes: what each row of the papers' tables is, as complete configurations.
+
+Sizes and shapes were chosen on the validation split of ml1m (docs/results.md records the search) and hold
+for every log; table sizes follow the number of items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from apps.learn_sids import SidRecipe
+from torchrec_sid.errors import SidError
+from torchrec_sid.models.build import RankingConfig
+from torchrec_sid.quantizers import (
+    DiscretePcaConfig,
+    ResidualKMeansConfig,
+    RqVaeConfig,
+    VqFusionConfig,
+)
+from torchrec_sid.tables.pieces import PieceTrainerConfig
+
+TRITS = {5: 25, 10: 50, 16: 80}
+"""Bytes of a SIDE SID -> its digits."""
+LONG_HISTORIES = (64, 256, 1024, 4096)
+"""Events kept, where the length of the history is what varies."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a model and the SIDs that it reads."""
+
+    name: str
+    """In the table; unique there."""
+    model: RankingConfig
+    """Backbone, arm, sizes."""
+    tables: str | None = None
+    """Name of the SIDs that its tables read."""
+    side: str | None = None
+    """Name of the SIDs that its channel ``side`` reads."""
+    against: str | None = None
+    """Row that its gain is measured against; None: the first of the table."""
+    shuffled: bool = False
+    """Deal the SIDs out among items at random: a control."""
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table: rows in order, and how their SIDs are learned."""
+
+    title: str
+    rows: tuple[Row, ...]
+    sids: Mapping[str, SidRecipe] = field(default_factory=dict)
+    """By name."""
+    x_axis: str = "bytes_per_event"
+    """What the plot is drawn over: bytes_per_event, table_rows, train_seconds."""
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        unknown = {row.against for row in self.rows} - {None, *names}
+        if len(set(names)) < len(names) or unknown:
+            raise SidError(self.title, f"rows {names}, compared with {unknown}", "Name each row once.")
+
+
+def generalization(items: int) -> PaperTable:
+    """Table 1: "Better Generalization with Semantic IDs" (arXiv 2306.08121).
+
+    Ways to fill the same number of rows, at three table sizes, with the user's history and without.
+    """
+    prefix = SidRecipe(ResidualKMeansConfig((16, 16, 16)))
+    sizes = (items // 16, items // 4, items)
+    vocabularies = {f"pieces{size}": replace(prefix, pieces=PieceTrainerConfig(size - 1)) for size in sizes}
+    rows = []
+    for length, when in ((64, "with history"), (0, "without history")):
+        model = RankingConfig(arm="random_hash", history_length=length)
+        middle = f"random_hash {sizes[1]} {when}"
+        for arm in ("dense", "per_level"):
+            tables = "prefix" if arm == "per_level" else None
+            rows.append(Row(f"{arm} {when}", replace(model, arm=arm), tables, against=middle))
+        for size in sizes:
+            sized = replace(model, table_rows=size)
+            reference = f"random_hash {size} {when}"
+            rows.append(Row(reference, sized, against=reference))
+            for arm, tables in (
+                ("bigram", "prefix"),
+                ("hashed_prefix", "prefix"),
+                ("sentencepiece", f"pieces{size}"),
+            ):
+                rows.append(Row(f"{arm} {size} {when}", replace(sized, arm=arm), tables, against=reference))
+        control = replace(model, arm="hashed_prefix", table_rows=sizes[1])
+        name = f"hashed_prefix {sizes[1]} shuffled {when}"
+        rows.append(Row(name, control, "prefix", against=middle, shuffled=True))
+    return PaperTable(
+        "Better Generalization with Semantic IDs: equal rows, filled in different ways",
+        tuple(rows),
+        {"prefix": prefix, **vocabularies},
+        x_axis="table_rows",
+    )
+
+
+def side(items: int) -> PaperTable:
+    """Table 2: "SIDE" (arXiv 2506.16698): what content adds to a ranker over full ids."""
+    base = RankingConfig(arm="full_id", table_rows=max(256, items // 4))
+    shape = (256,) * 5
+    sids = {
+        "prefix 2 bytes": SidRecipe(ResidualKMeansConfig((16, 16, 16))),
+        "prefix 5 bytes": SidRecipe(ResidualKMeansConfig(shape)),
+        "rq_vae 5 bytes": SidRecipe(RqVaeConfig(cardinalities=shape)),
+        "fused 5 bytes": SidRecipe(VqFusionConfig()),
+        **{f"side {size} bytes": SidRecipe(DiscretePcaConfig.trits(n)) for size, n in TRITS.items()},
+        "side fused 5 bytes": SidRecipe(VqFusionConfig(codebooks=(), stages=((25, 3),))),
+    }
+    rows = [Row("full_id", base)]
+    for name in ("prefix 2 bytes", "prefix 5 bytes", "rq_vae 5 bytes", "fused 5 bytes"):
+        rows.append(Row(f"+ {name}", replace(base, arm="full_id+hashed_prefix"), tables=name))
+    for name in sids:
+        if name.startswith("side"):
+            rows.append(Row(f"+ {name}", replace(base, arm="full_id+side"), side=name))
+    rows.append(Row("+ dense", replace(base, arm="full_id+dense")))
+    both = replace(base, arm="full_id+hashed_prefix+side")
+    rows.append(Row("+ prefix 2 bytes + side 5 bytes", both, "prefix 2 bytes", "side 5 bytes"))
+    return PaperTable("SIDE: what content adds to a ranker over full ids", tuple(rows), sids)
+
+
+def long_histories(items: int) -> PaperTable:
+    """Table 3, first part: NE and training time against the length of the history."""
+    rows = []
+    for arm in ("full_id", "dense", "side"):
+        for length in LONG_HISTORIES:
+            model = RankingConfig(arm=arm, history_length=length)
+            codes = "side 5 bytes" if arm == "side" else None
+            rows.append(Row(f"{arm} {length}", model, side=codes, against=f"{arm} {LONG_HISTORIES[0]}"))
+    sids = {"side 5 bytes": SidRecipe(DiscretePcaConfig.trits(25))}
+    return PaperTable("NE against the length of the history", tuple(rows), sids, x_axis="train_seconds")
+
+
+def one_dial(items: int) -> PaperTable:
+    """Table 3, second part: NE against bytes per event, SIDE alone; a combination for comparison."""
+    rows, sids = [], {"prefix": SidRecipe(ResidualKMeansConfig((16, 16, 16)))}
+    for digits in (10, 25, 50, 80, 125):
+        name = f"side {digits} trits"
+        sids[name] = SidRecipe(DiscretePcaConfig.trits(digits))
+        rows.append(Row(name, RankingConfig(arm="side"), side=name))
+    model = RankingConfig(arm="hashed_prefix+side", table_rows=items // 4)
+    rows.append(Row("hashed_prefix", replace(model, arm="hashed_prefix"), "prefix"))
+    rows.append(Row("hashed_prefix + side 25 trits", model, "prefix", "side 25 trits"))
+    rows.append(Row("random_hash", replace(model, arm="random_hash")))
+    rows.append(Row("full_id", replace(model, arm="full_id")))
+    rows.append(Row("full_id + side 25 trits", replace(model, arm="full_id+side"), side="side 25 trits"))
+    rows.append(Row("dense", replace(model, arm="dense")))
+    return PaperTable("NE against bytes per event", tuple(rows), sids)
+
+
+def transformer(items: int) -> PaperTable:
+    """The same arms in a transformer ranker with a DCN-v2 interaction."""
+    base = RankingConfig(
+        arm="full_id", table_rows=items // 4, encoder_layers=2, interaction="dcn", history_length=64
+    )
+    sids = {
+        "prefix": SidRecipe(ResidualKMeansConfig((16, 16, 16))),
+        "side": SidRecipe(DiscretePcaConfig.trits(25)),
+    }
+    rows = [
+        Row(
+            arm,
+            replace(base, arm=arm),
+            "prefix" if "prefix" in arm else None,
+            "side" if "side" in arm else None,
+        )
+        for arm in ("full_id", "random_hash", "hashed_prefix", "side", "full_id+side", "dense")
+    ]
+    return PaperTable("A transformer ranker with cross layers", tuple(rows), sids)
+
+
+TABLES: dict[str, Callable[[int], PaperTable]] = {
+    "1": generalization,
+    "2": side,
+    "3-history": long_histories,
+    "3-bytes": one_dial,
+    "4": transformer,
+}
+"""Name of a table -> its recipe, given the number of items."""

@@ -1,0 +1,151 @@
+"""The papers' tables: complete recipes, and the command on a small log."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+import apps.recipes
+from apps.learn_sids import SidRecipe, learn_sids
+from apps.paper import PaperConfig, chosen_rows, paper
+from apps.paper_report import paper_table
+from apps.recipes import TABLES, PaperTable, Row
+from tests.logs import small_log
+from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.errors import SidError
+from torchrec_sid.models.build import RankingConfig
+from torchrec_sid.models.channels import arm_named
+from torchrec_sid.quantizers import (
+    DiscretePcaConfig,
+    ResidualKMeansConfig,
+    RqVaeConfig,
+    VqFusionConfig,
+)
+from torchrec_sid.tables.pieces import PieceTrainerConfig
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_names_the_sids_that_its_arm_reads(name: str) -> None:
+    table = TABLES[name](4000)
+    for row in table.rows:
+        arm = arm_named(row.model.arm)
+        assert (row.tables is not None) == arm.needs_catalog, row
+        assert (row.side is not None) == arm.needs_side, row
+        if row.tables is not None:
+            assert (table.sids[row.tables].pieces is not None) >= arm.needs_pieces, row
+        if row.side is not None:
+            assert row.side in table.sids
+
+
+def test_the_tables_at_equal_rows_differ_in_nothing_but_the_arm() -> None:
+    rows = {row.name: row.model for row in TABLES["1"](4000).rows}
+    for size in (250, 1000, 4000):
+        models = [rows[f"{arm} {size} with history"] for arm in ("random_hash", "hashed_prefix", "bigram")]
+        assert {model.table_rows for model in models} == {size}
+        assert len({RankingConfig(**{**vars(m), "arm": "none"}) for m in models}) == 1
+
+
+def test_only_the_chosen_rows_and_their_references_are_trained() -> None:
+    table = TABLES["2"](4000)
+    names = [row.name for row in chosen_rows(table, ("dense", "rq_vae")).rows]
+    assert names == ["full_id", "+ rq_vae 5 bytes", "+ dense"]
+    with pytest.raises(SidError, match="'nope'.*full_id"):
+        chosen_rows(table, ("nope",))
+    with pytest.raises(SidError, match="Name each row once"):
+        PaperTable("twice", (Row("a", RankingConfig()), Row("a", RankingConfig())))
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        ResidualKMeansConfig((8, 8)),
+        DiscretePcaConfig.trits(10),
+        RqVaeConfig(cardinalities=(8, 8), epochs=1),
+        VqFusionConfig(codebooks=(8,), stages=((5, 3),), epochs=1, hidden=(16,)),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_sids_are_learned_once(quantizer, tmp_path: Path) -> None:
+    log = small_log(tmp_path)
+    pieces = PieceTrainerConfig(20, model="bpe") if isinstance(quantizer, ResidualKMeansConfig) else None
+    recipe = SidRecipe(quantizer, categories=("category",), pieces=pieces)
+    learned = learn_sids(recipe, tmp_path / "log", log, tmp_path / "sids")
+    catalog = SidCatalog.open(learned.catalog)
+    assert len(catalog) == log.items and catalog.fingerprint == learned.fingerprint
+    assert (learned.pieces is not None) == (pieces is not None)
+    written = learned.quantizer.stat().st_mtime_ns
+    again = learn_sids(recipe, tmp_path / "log", log, tmp_path / "sids")
+    assert again == learned and learned.quantizer.stat().st_mtime_ns == written
+
+
+def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeypatch) -> None:
+    small_log(tmp_path)
+
+    def two_ways(items: int) -> PaperTable:
+        model = RankingConfig(arm="full_id+side", dim=16, history_length=10, table_rows=100)
+        sids = {"side": SidRecipe(VqFusionConfig(codebooks=(), stages=((5, 3),), epochs=1, hidden=(16,)))}
+        return PaperTable(
+            "two ways", (Row("none", RankingConfig(arm="none")), Row("+ side", model, side="side")), sids
+        )
+
+    monkeypatch.setitem(apps.recipes.TABLES, "small", two_ways)
+    config = PaperConfig(
+        data=str(tmp_path / "log"), table="small", output=str(tmp_path / "out"), seeds=2, jobs=1, max_steps=4
+    )
+    report = paper(config, Console(quiet=True))
+    none, side = report["rows"]
+    assert none["gain"] == 0 and none["bytes_per_event"] == 0 and none["lookups_per_item"] == 0
+    assert side["gain"] == pytest.approx(
+        100
+        * sum(
+            1 - a["slices"]["all"]["ne"] / b["slices"]["all"]["ne"]
+            for a, b in zip(*(map(_metrics, row["runs"]) for row in (side, none)), strict=True)
+        )
+        / 2
+    )
+    assert side["bytes_per_event"] == 8 + 1 and side["table_rows"] == 2000
+    assert side["prediction_difference"] > 0
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == report
+    assert "+ side" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "plot.png").stat().st_size > 1000
+    assert len(paper_table(report).rows) == 2
+    run = Path(side["runs"][0])
+    assert yaml.safe_load((run / "run.yaml").read_text())["model"]["arm"] == "full_id+side"
+
+    written = (run / "metrics.json").stat().st_mtime_ns
+    assert paper(config, Console(quiet=True)) == report
+    assert (run / "metrics.json").stat().st_mtime_ns == written, "a finished run was repeated"
+
+
+def test_shuffled_sids_are_the_same_sids_of_other_items(tmp_path: Path) -> None:
+    from apps.item_sids import open_item_sids
+    from apps.train_config import TrainConfig
+
+    log = small_log(tmp_path)
+    tables = learn_sids(SidRecipe(ResidualKMeansConfig((8, 8))), tmp_path / "log", log, tmp_path / "a")
+    side = learn_sids(SidRecipe(DiscretePcaConfig.trits(10)), tmp_path / "log", log, tmp_path / "b")
+    config = {
+        "data": str(tmp_path / "log"),
+        "output": "unused",
+        "catalog": str(tables.catalog),
+        "side_catalog": str(side.catalog),
+        "side_quantizer": str(side.quantizer),
+        "model": RankingConfig(arm="hashed_prefix+side"),
+    }
+    true, dealt = (open_item_sids(TrainConfig(**config, shuffle_sids=s), log) for s in (False, True))
+    assert not torch.equal(true.item_sids, dealt.item_sids)
+    assert torch.equal(true.item_sids.sort().values, dealt.item_sids.sort().values)
+    assert not torch.equal(true.item_bytes, dealt.item_bytes)
+    config["side_quantizer"] = str(tables.quantizer)
+    with pytest.raises(SidError, match="did not make"):
+        open_item_sids(TrainConfig(**config), log)
+    config["side_quantizer"] = None
+    with pytest.raises(SidError, match="--side_quantizer"):
+        open_item_sids(TrainConfig(**config), log)
+
+
+def _metrics(run: str) -> dict:
+    return json.loads((Path(run) / "metrics.json").read_text())
