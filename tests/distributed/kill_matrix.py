@@ -117,7 +117,7 @@ def run(config: TrainConfig, case: Case | None = None) -> list[int]:
                 ranks[0].join(0.05)
             deadline = time.monotonic() + ENDS_WITHIN
             for process in ranks:
-                process.join(max(0.0, deadline - time.monotonic()) if case else None)
+                process.join(max(0.0, deadline - time.monotonic()))
                 assert not process.is_alive(), f"a rank was left and did not end: {said(config)}"
         finally:
             for process in ranks:
