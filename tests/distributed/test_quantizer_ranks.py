@@ -34,7 +34,7 @@ def _fit(config: RqVaeConfig, rows: int) -> tuple[str, float, int]:
 
 
 def test_a_fit_by_two_processes_ends_with_the_same_bits() -> None:
-    for change in ({"epochs": 0.0}, {}, {"reset_below": 0.5}, {"codebook_update": "gradient"}):
+    for change in ({"epochs": 0.0}, {}, {"reset_below": 0.5}, {"codebook_update": "ema"}):
         config = dataclasses.replace(CONFIG, **change)
         (bits, left, rows), other = run_ranks(_fit, 2, config, 401)
         assert (bits, left, rows) == other, change
@@ -80,7 +80,9 @@ def _follow() -> list[tuple[str, int, float]]:
     rank = dist.get_rank()
     ranks = Ranks(dist.group.WORLD)
     z = bent_clusters(300, seed=rank)[: 300 - 120 * rank]
-    bottleneck = Bottleneck(12, (16, 8), ((3, 3),), BottleneckConfig(reset_below=0.1))
+    bottleneck = Bottleneck(
+        12, (16, 8), ((3, 3),), BottleneckConfig(codebook_update="ema", reset_below=0.1)
+    )
     start_bottleneck(bottleneck, z, rows_per_step=300, seed=0)
     ranks.broadcast_(all_tensors(bottleneck).values())
     states: list[tuple[str, int, float]] = [(_bits(bottleneck), 0, 0.0)]

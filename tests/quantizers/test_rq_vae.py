@@ -155,7 +155,7 @@ def started(z: torch.Tensor, config: BottleneckConfig, size: int = 8) -> Bottlen
 
 def test_ema_codewords_are_moving_means() -> None:
     z = bent_clusters(400)
-    bottleneck = started(z, BottleneckConfig(ema_decay=0.5, reset_below=0.0))
+    bottleneck = started(z, BottleneckConfig(codebook_update="ema", ema_decay=0.5, reset_below=0.0))
     before_count, before_total = bottleneck.count_0.clone(), bottleneck.total_0.clone()
     moved = z + 0.5
     output = bottleneck(moved)
@@ -172,7 +172,7 @@ def test_ema_codewords_are_moving_means() -> None:
 def test_a_dead_code_moves_to_the_batch_with_its_averages() -> None:
     z = bent_clusters(400)
     for threshold, resets in ((0.02, 1), (0.0, 0)):
-        bottleneck = started(z, BottleneckConfig(reset_below=threshold))
+        bottleneck = started(z, BottleneckConfig(codebook_update="ema", reset_below=threshold))
         bottleneck.codebook(0)[3] = 1e3
         bottleneck.count_0[3] = 1e-6
         bottleneck.total_0[3] = 1e-3
@@ -188,6 +188,51 @@ def test_a_dead_code_moves_to_the_batch_with_its_averages() -> None:
             bottleneck.follow(z, output, Ranks(), 1)
             assert float((bottleneck.codebook(0)[3] - revived).norm()) < 0.5 * float(revived.norm()) + 0.5
             assert bool((output.codes == 3).any())
+
+
+def test_a_dead_parameter_moves_to_the_batch() -> None:
+    z = bent_clusters(400)
+    bottleneck = started(z, BottleneckConfig())
+    with torch.no_grad():
+        bottleneck.codebook(0)[3] = 1e3
+    bottleneck.count_0[3] = 1e-6
+    output = bottleneck(z)
+    assert bottleneck.follow(z, output, Ranks(), 0) == 1
+    revived = bottleneck.codebook(0)[3].detach()
+    assert float((z - bottleneck.center - revived).square().sum(1).min()) < 1e-6
+    assert bool((bottleneck(z).codes == 3).any())
+
+
+def test_the_loss_of_parameters_rests_at_shrunken_means() -> None:
+    z = bent_clusters(400)
+    bottleneck = started(z, BottleneckConfig(commitment=0.0))
+    bottleneck.prior.fill_(5.0)
+    for _ in range(50):
+        codes = bottleneck(z).codes[:, 0]
+        counts = torch.bincount(codes, minlength=8)[:, None]
+        sums = torch.zeros(8, 12).index_add(0, codes, z - bottleneck.center)
+        with torch.no_grad():
+            bottleneck.codebook(0).copy_(sums / (counts + 5.0))
+    output = bottleneck(z)
+    assert torch.equal(output.codes[:, 0], codes), "the codes of this step are those of the means"
+    # Behind the identity as decoder, what is decoded pulls as the residuals do.
+    decoded = (z - output.z_hat).square().sum(1).mean() / bottleneck.variance
+    (output.loss + decoded).backward()
+    gradient = bottleneck.codebook(0).grad
+    assert gradient is not None
+    assert float(gradient.abs().max()) < 1e-6
+
+
+def test_a_step_is_as_large_as_what_it_moves() -> None:
+    z = bent_clusters(400) * torch.logspace(0, -4, 12)
+    bottleneck = started(z, BottleneckConfig())
+    before = bottleneck.codebook(0).detach().clone()
+    words = before[bottleneck.encode(z)[:, 0]].square().mean(0).sqrt()
+    with torch.no_grad():
+        bottleneck.codebook(0).add_(0.2)
+    bottleneck.temper([before])
+    moved = bottleneck.codebook(0).detach() - before
+    torch.testing.assert_close(moved, (0.2 * words).expand(8, -1), rtol=1e-3, atol=1e-8)
 
 
 def test_digits_in_the_bottleneck_stay_tied() -> None:
@@ -272,7 +317,8 @@ def test_every_field_changes_the_fit() -> None:
         {"hidden": ()},
         {"gradient": "rotation"},
         {"seed": 1},
-        {"codebook_update": "gradient"},
+        {"codebook_update": "ema"},
+        {"codebook_rate": 0.1},
         {"ema_decay": 0.9},
         {"commitment": 1.0},
         {"reset_below": 0.9},
@@ -410,6 +456,7 @@ def test_bad_data_is_refused_by_name() -> None:
         ("gradient", "gumbel"),
         ("codebook_update", "sgd"),
         ("ema_decay", 1.0),
+        ("codebook_rate", -0.1),
         ("commitment", -1.0),
         ("reset_below", 1.0),
         ("epochs", -1.0),

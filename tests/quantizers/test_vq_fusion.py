@@ -323,7 +323,9 @@ def test_the_same_seed_gives_the_same_bits_and_a_fit_continues(tmp_path: Path) -
 def test_every_field_changes_the_fit() -> None:
     data = items(200)
     pairs = torch.arange(200).view(-1, 2)
-    base = fitted(data, pairs=pairs).state_dict()
+    # A dozen steps are too few to settle codebooks that move fast: the fit would keep its start.
+    slow = dataclasses.replace(SMALL, codebook_rate=0.05)
+    base = fitted(data, slow, pairs=pairs).state_dict()
     for change in (
         {"codebooks": (16, 8)},
         {"stages": ((4, 3),)},
@@ -335,7 +337,8 @@ def test_every_field_changes_the_fit() -> None:
         {"contrastive_temperature": 0.5},
         {"contrastive_batch": 16},
         {"seed": 1},
-        {"codebook_update": "gradient"},
+        {"codebook_update": "ema"},
+        {"codebook_rate": 0.1},
         {"ema_decay": 0.9},
         {"commitment": 1.0},
         {"reset_below": 0.9},
@@ -345,7 +348,7 @@ def test_every_field_changes_the_fit() -> None:
         {"encoder_rate": 1.0},
         {"buffer_rows": 128},
     ):
-        other = fitted(data, dataclasses.replace(SMALL, **change), pairs=pairs).state_dict()
+        other = fitted(data, dataclasses.replace(slow, **change), pairs=pairs).state_dict()
         same = all(
             other[name].shape == tensor.shape and torch.equal(other[name], tensor)
             for name, tensor in base.items()

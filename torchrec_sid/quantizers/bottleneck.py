@@ -8,7 +8,7 @@ so that codewords stay means and directions stay orthonormal. Codebooks may foll
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,8 +35,12 @@ class BottleneckConfig:
         SidError: a field out of range.
     """
 
-    codebook_update: str = "ema"
-    """``"ema"``: codewords are moving means; ``"gradient"``: parameters pulled to them by the loss."""
+    codebook_update: str = "gradient"
+    """``"gradient"``: codewords are parameters that learn from their residuals and from the decoder;
+    ``"ema"``: moving means of their residuals alone."""
+    codebook_rate: float = 0.2
+    """Adam's learning rate for codebooks that follow gradients, as a fraction of the root mean square that
+    an entry has over their codewords; ``learning_rate`` is for networks, whose scale is another."""
     ema_decay: float = 0.99
     """Decay per step of the moving averages, 0 <= decay < 1."""
     commitment: float = 0.25
@@ -50,6 +54,8 @@ class BottleneckConfig:
             raise SidError("codebook_update", repr(self.codebook_update), "Use 'ema' or 'gradient'.")
         if not 0 <= self.ema_decay < 1:
             raise SidError("ema_decay", f"{self.ema_decay}", "Use 0 <= decay < 1, e.g. 0.99.")
+        if not self.codebook_rate >= 0:
+            raise SidError("codebook_rate", f"{self.codebook_rate}", "Use 0 or more, e.g. 0.2.")
         if self.commitment < 0 or not 0 <= self.reset_below < 1:
             raise SidError(
                 "commitment, reset_below",
@@ -84,6 +90,8 @@ class Bottleneck(nn.Module):
 
     prior: Tensor
     """``[codebooks]``, pseudo-assignments per step to the origin: shrinks codewords of few points."""
+    word_scale: Tensor
+    """``[codebooks, d]``, root mean square of each entry of the codewords that items get at the start."""
     cross: Tensor
     """``[C, d]`` float64, moving average of E[q r^T] per digit."""
     square: Tensor
@@ -130,6 +138,7 @@ class Bottleneck(nn.Module):
         for level, size in enumerate(self.sizes):
             yield f"total_{level}", torch.zeros(size, self.dim, device=device)
         yield "prior", torch.zeros(len(self.sizes), device=device)
+        yield "word_scale", torch.zeros(len(self.sizes), self.dim, device=device)
         yield "cross", torch.zeros(digits, self.dim, dtype=double, device=device)
         yield "square", torch.zeros(digits, digits, dtype=double, device=device)
         yield "variance", torch.ones((), device=device)
@@ -155,7 +164,7 @@ class Bottleneck(nn.Module):
             chosen = assign(residual.detach(), codebook.detach(), self.used(level)).codes
             word = codebook[chosen]
             inputs.append(residual.detach())
-            loss = loss + self._pull(residual, word)
+            loss = loss + self._pull(residual, word) + self._shrink(level, len(z))
             z_hat = z_hat + word
             residual = residual - word.detach()
             codes.append(chosen[:, None])
@@ -176,6 +185,17 @@ class Bottleneck(nn.Module):
         if word.requires_grad:
             terms = terms + (residual.detach() - word).square().sum(1).mean()
         return terms / self.variance.clamp(min=_TINY)
+
+    def _shrink(self, level: int, rows: int) -> Tensor:
+        """Pull of the pseudo-assignments on codebooks that are parameters; averages have it built in.
+
+        Twice, because a codeword is fitted twice: to its residuals, and to what is decoded.
+        """
+        codebook = self.codebook(level)
+        if not codebook.requires_grad:
+            return codebook.new_zeros(())
+        pull = 2 * self.prior[level] / rows * codebook.square().sum()
+        return pull / self.variance.clamp(min=_TINY)
 
     @torch.no_grad()
     def encode(self, z: Tensor, *, beam: int = 1) -> Tensor:
@@ -241,6 +261,16 @@ class Bottleneck(nn.Module):
             self._set_digits(stage, part)
             start = part.stop
         return sum(self._reset(i, output, float(rows), ranks, seed) for i in range(len(self.sizes)))
+
+    @torch.no_grad()
+    def temper(self, before: Sequence[Tensor]) -> None:
+        """Scale a unit step of Adam from the codebooks ``before`` it by the size of each entry.
+
+        Adam moves every entry alike; most directions of a latent hold next to nothing, and there a step
+        of the size of the others would be all noise.
+        """
+        for level, (old, new) in enumerate(zip(before, self.parameters(), strict=True)):
+            new.copy_(old + (new - old) * self.word_scale[level])
 
     def _cluster_sums(self, level: int, output: BottleneckOutput) -> tuple[Tensor, Tensor]:
         codes, size = output.codes[:, level], self.sizes[level]

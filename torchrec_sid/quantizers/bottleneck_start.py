@@ -43,7 +43,9 @@ def start_bottleneck(bottleneck: Bottleneck, z: Tensor, *, rows_per_step: int, s
         bottleneck.get_buffer(f"total_{level}").copy_(sums.total * step)
         bottleneck.prior[level] = sums.prior_count() * step
         bottleneck.codebook(level).copy_(sums.centroids(1.0))
-        residual = residual - bottleneck.codebook(level)[codes]
+        words = bottleneck.codebook(level)[codes]
+        bottleneck.word_scale[level] = words.square().mean(0).sqrt()
+        residual = residual - words
     bottleneck.basis.copy_(basis)
     if bottleneck.digit_stages:
         _start_moments(bottleneck, residual)

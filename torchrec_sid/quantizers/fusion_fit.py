@@ -128,7 +128,7 @@ class FusionFit:
             module=model,
             bottleneck=model.bottleneck,
             encoder=trainable([model.encoder]),
-            decoder=trainable([model.heads, model.bottleneck]),
+            decoder=trainable([model.heads]),
             step=lambda batch, seed: self._step(batch[0], seed),
             measure=lambda: self._measure(sample),
             manifest={"kind": model.kind, **model.manifest(), "pairs": pairs},

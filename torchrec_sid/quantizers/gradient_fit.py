@@ -32,7 +32,7 @@ class TrainingConfig:
         SidError: a field out of range.
     """
 
-    epochs: float = 4.0
+    epochs: float = 6.0
     """Passes over the data."""
     batch_size: int = 512
     """Items per step and rank."""
@@ -77,7 +77,7 @@ class Trainee(NamedTuple):
     encoder: list[nn.Parameter]
     """Parameters that learn at ``encoder_rate`` times the learning rate."""
     decoder: list[nn.Parameter]
-    """Parameters that learn at the full rate."""
+    """Parameters that learn at the full rate; codebooks that are parameters have their own."""
     step: Callable[[Rows, int], Step]
     """The loss of a batch; the integer seeds what is random in it, and differs from step to step."""
     measure: Callable[[], float]
@@ -163,13 +163,12 @@ class GradientFit:
     ) -> None:
         self._trainee, self._batches, self._config = trainee, batches, config
         self._steps, self._ranks, self._seed = steps, ranks, seed
-        rate = config.learning_rate
-        groups = [
-            {"params": trainee.encoder, "lr": rate * config.encoder_rate},
-            {"params": trainee.decoder, "lr": rate},
-        ]
-        self._optimizer = torch.optim.Adam([g for g in groups if g["params"]])
-        self._rates = [g["lr"] for g in self._optimizer.param_groups]
+        # A group each for encoder, decoder and every codebook, each with a rate of its own.
+        codebooks = [[codebook] for codebook in trainee.bottleneck.parameters()]
+        groups = [trainee.encoder, trainee.decoder, *codebooks]
+        self._parameters = [parameter for group in groups for parameter in group]
+        self._optimizer = torch.optim.Adam([{"params": group} for group in groups])
+        self._rates: list[float] = []
         self._step = 0
         self._best_error = math.inf
         self._best: dict[str, Tensor] = {}
@@ -186,6 +185,7 @@ class GradientFit:
             self._resume(checkpoint)
         else:
             self._keep_if_best()
+        self._rates = self._full_rates()
         monitor = self._monitor()
         batches = iter(self._batches)
         rows = self._config.batch_size * self._ranks.size
@@ -214,11 +214,20 @@ class GradientFit:
         output = self._trainee.step(batch, seed)
         self._optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
-        self._ranks.mean_gradients_([*self._trainee.encoder, *self._trainee.decoder])
+        self._ranks.mean_gradients_(self._parameters)
+        before = [codebook.detach().clone() for codebook in self._trainee.bottleneck.parameters()]
         self._optimizer.step()
+        self._trainee.bottleneck.temper(before)
         self._step += 1
         self._trainee.bottleneck.follow(output.z, output.quantized, self._ranks, seed)
         return output
+
+    def _full_rates(self) -> list[float]:
+        """Per group; those of codebooks follow the size of their codewords, known after the start only."""
+        config, bottleneck = self._config, self._trainee.bottleneck
+        codebooks = len(self._optimizer.param_groups) - 2
+        rates = [config.learning_rate * config.encoder_rate, config.learning_rate]
+        return rates + [bottleneck.config.codebook_rate] * codebooks
 
     def _schedule(self) -> float:
         warm = max(1, min(50, self._steps // 10))

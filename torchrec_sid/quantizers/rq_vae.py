@@ -226,7 +226,7 @@ class RqVae(Quantizer):
             module=self,
             bottleneck=self.bottleneck,
             encoder=trainable([self.encoder]),
-            decoder=trainable([self.decoder, self.bottleneck]),
+            decoder=trainable([self.decoder]),
             step=lambda batch, _: self._step(batch),
             measure=lambda: self._sample_error(sample),
             manifest={"kind": self.kind, **self._manifest()},
