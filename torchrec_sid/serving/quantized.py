@@ -7,7 +7,7 @@ here, the same fbgemm operator on the same bytes: outputs equal TorchRec's bit f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -151,7 +151,8 @@ class QuantizedBags(nn.Module):
         """KJT -> KeyedTensor ``[B, sum of D]`` float32."""
         pooled = []
         for lookup, names in zip(self.lookups, self._features, strict=True):
-            rows, lengths, weights = _select(features, names, self._weighted)
+            _check_rows(features, names)
+            rows, lengths, weights = _select(features, list(names), self._weighted)
             pooled.append(lookup(rows, lengths, weights))
         values = torch.cat(pooled, dim=1)
         if self._order != list(range(len(self._order))):
@@ -190,7 +191,8 @@ class QuantizedEvents(nn.Module):
         keys = features.keys()
         sizes, starts = features.length_per_key(), features.lengths_offset_per_key()
         for lookup, inputs, names in zip(self.lookups, self._features, self._names, strict=True):
-            rows, lengths, _ = _select(features, inputs, False)
+            _check_rows(features, inputs)
+            rows, lengths, _ = _select(features, list(inputs), False)
             vectors = lookup(rows, lengths)
             places = [keys.index(name) for name in inputs]
             parts = vectors.split([sizes[place] for place in places])
@@ -200,8 +202,19 @@ class QuantizedEvents(nn.Module):
         return result
 
 
-def _features(tables: Iterable[BaseEmbeddingConfig]) -> list[str]:
-    return [name for table in tables for name in table.feature_names]
+def _features(tables: Iterable[BaseEmbeddingConfig]) -> dict[str, int]:
+    """Features of some tables, in their order, and the rows of each one's table."""
+    return {name: table.num_embeddings for table in tables for name in table.feature_names}
+
+
+def _check_rows(features: KeyedJaggedTensor, limits: Mapping[str, int]) -> None:
+    """Stop before a row outside its table: the operator would read other bytes without a word."""
+    keys, offsets = features.keys(), features.offset_per_key()
+    for name, limit in limits.items():
+        place = keys.index(name)
+        rows = features.values()[offsets[place] : offsets[place + 1]]
+        inside = (rows >= 0).logical_and_(rows < limit).all()
+        torch._assert_async(inside, f"feature {name!r}: an id is outside its table of {limit} rows")
 
 
 def _names(tables: list[Any]) -> list[str]:

@@ -1,0 +1,304 @@
+"""Export a trained run for serving, float, int8 and int4: `python -m apps.export --run RUN_DIRECTORY`.
+
+OUTPUT/PRECISION gets a program with its weights, a manifest and an example; it is run in a fresh process
+that sees nothing else, compared with the model, and timed. See docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apps.cli import parse_config, plain_errors
+from apps.item_sids import open_item_sids
+from apps.train_config import TrainConfig
+from torchrec_sid.artifact import write_json
+from torchrec_sid.data.batch import RankingBatch
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.reader import BatchReader
+from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.models.build import Ranking, build_ranking
+from torchrec_sid.models.channels import arm_named
+from torchrec_sid.parallel.checkpoint import CheckpointManager
+from torchrec_sid.serving.export import ExportOptions, ExportReport, Program, export_model
+from torchrec_sid.serving.quantized import Precision
+from torchrec_sid.serving.request import Bags, Request
+from torchrec_sid.serving.served import ServedModel
+
+_EXAMPLE_ROWS = 64
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export."""
+
+    run: str
+    """Run directory of apps.train; its newest checkpoint is exported."""
+    output: str | None = None
+    """Folder of the programs; default: RUN/served."""
+    precisions: tuple[Precision, ...] = ("float", "int8", "int4")
+    """Of the table rows: float, int8, int4."""
+    tolerance: float = 1e-5
+    """Largest difference of a logit of the program to the model with the same rows."""
+    split: str = "test"
+    """Where example and comparison come from."""
+    rows: int = 8192
+    """Rows on which the precisions are compared."""
+    batches: tuple[int, ...] = (1, 64, 512)
+    """Rows of the timed requests."""
+    rounds: int = 20
+    """Timed runs of each."""
+
+    def __post_init__(self) -> None:
+        if not self.precisions or self.rows < _EXAMPLE_ROWS or self.rounds < 1:
+            raise SidError("ExportConfig", f"{self}", f"Give a precision, {_EXAMPLE_ROWS} rows, a round.")
+
+
+class TrainedRun(NamedTuple):
+    """A trained model, unsharded, and what it reads."""
+
+    model: nn.Module
+    ranking: Ranking
+    step: int
+    identity: dict[str, str]
+    batches: BatchReader
+    history_length: int
+
+
+def main() -> None:
+    """Entry point."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    config = parse_config(ExportConfig, __doc__)
+    with plain_errors():
+        rows = export(config)
+    print(f"milliseconds by batch; {torch.get_num_threads()} threads")
+    print(table(rows))
+
+
+def export(config: ExportConfig) -> list[dict[str, Any]]:
+    """Export a run at every precision, check the programs in a fresh process, compare and time them.
+
+    Returns:
+        One row for the model in eager mode and one per precision, as in ``OUTPUT/report.json``.
+
+    Raises:
+        SidError: no run, no checkpoint, data or catalogs other than the training's, or a model that cannot
+            be exported within the tolerance.
+    """
+    trained = open_run(config)
+    output = Path(config.output or Path(config.run) / "served")
+    limits = {name: trained.history_length for name in trained.ranking.fields if _is_history(name)}
+    requests, labels = _requests(trained, config.rows)
+    example = requests[0].take(range(min(_EXAMPLE_ROWS, requests[0].rows)))
+    identity = {"run": config.run, "step": trained.step, **trained.identity}
+    reports = {
+        precision: export_model(
+            trained.model,
+            example,
+            output / precision,
+            ExportOptions(precision, config.tolerance),
+            max_lengths=limits,
+            identity=identity,
+        )
+        for precision in config.precisions
+    }
+    checked = _fresh_process([str(report.folder) for report in reports.values()], config)
+    rows = [_eager_row(trained.model, requests, labels, example, config)]
+    plain = _answers(Program(trained.model, tuple(example.features)), requests)
+    for (precision, report), measured in zip(reports.items(), checked, strict=True):
+        logits = torch.cat([ServedModel.load(report.folder)(request) for request in requests])
+        rows.append(_row(precision, report, measured, logits, plain, labels))
+    write_json(output / "report.json", {"identity": identity, "rows": rows})
+    return rows
+
+
+def open_run(config: ExportConfig) -> TrainedRun:
+    """Build the model of a run on the CPU, unsharded, and read its newest checkpoint.
+
+    Raises:
+        SidError: see :func:`export`.
+    """
+    file = Path(config.run) / "config.json"
+    if not file.is_file():
+        raise ArtifactError(str(file), "no such file", "Pass a run directory of apps.train.")
+    train = parse_config(TrainConfig, None, ["--config", str(file)])
+    log = PreparedLog.open(Path(train.prepared or Path(train.output) / "prepared"))
+    sids = open_item_sids(train, log)
+    ranking = build_ranking(
+        train.model,
+        log,
+        spec=sids.catalog.spec if sids.catalog else None,
+        pieces=sids.pieces,
+        basis=sids.basis,
+        side_bytes=sids.item_bytes,
+        content=_content(train),
+    )
+    identity = {"log": log.fingerprint}
+    identity |= {name: catalog.fingerprint for name, catalog in sids.catalogs.items()}
+    accepts = {name: catalog.extends for name, catalog in sids.catalogs.items()}
+    directory = Path(config.run) / "checkpoints"
+    with CheckpointManager(directory, identity=identity, accepts=accepts) as manager:
+        info = manager.latest()
+        if info is None:
+            raise ArtifactError(str(directory), "no checkpoint", "Train it first with apps.train.")
+        state = {"model": ranking.module.state_dict()}
+        manager.load(info, state)
+        ranking.module.load_state_dict(state["model"])
+    reader = BatchReader(
+        log,
+        config.split,
+        ranking.batch_config(512, train.model.history_length),
+        item_sids=sids.item_sids,
+        sid_bytes=sids.item_bytes,
+    )
+    model = ranking.module.model.eval()
+    return TrainedRun(model, ranking, info.step, identity, reader, train.model.history_length)
+
+
+def to_request(batch: RankingBatch) -> Request:
+    """A batch of training data as a request, without padding."""
+    features = {
+        name: Bags(batch.features[name].values(), batch.features[name].lengths())
+        for name in batch.features.keys()  # noqa: SIM118
+    }
+    extras = {"item_bytes": batch.item_bytes, "history_bytes": batch.history_bytes}
+    present = {name: tensor for name, tensor in extras.items() if tensor is not None}
+    rows_of = {"history_bytes": "history_action"} if "history_bytes" in present else {}
+    whole = Request(batch.dense, features, present, rows_of)
+    return whole.take(batch.weights.nonzero().flatten().tolist())
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as text."""
+    batches = list(rows[0]["ms"])
+    heads = ("model", "MB", "load s", "off by", "from float", "NE")
+    lines = ["{:<14}{:>9}{:>8}{:>10}{:>12}{:>10}".format(*heads) + "".join(f"{b:>9}" for b in batches)]
+    for row in rows:
+        cells = [
+            f"{row['system']:<14}{row['bytes'] / 1e6:9.2f}",
+            "       -" if row["load_seconds"] is None else f"{row['load_seconds']:8.2f}",
+            f"{row['difference_to_eager']:10.1e}{row['difference_to_float']:12.1e}",
+            "         -" if row["ne"] is None else f"{row['ne']:10.5f}",
+        ]
+        lines.append("".join(cells) + "".join(f"{row['ms'][batch]:9.2f}" for batch in batches))
+    return "\n".join(lines)
+
+
+def _is_history(name: str) -> bool:
+    return name.startswith("history") and not name.endswith("_bytes")
+
+
+def _content(train: TrainConfig) -> Tensor | None:
+    if not arm_named(train.model.arm).needs_content:
+        return None
+    return torch.from_numpy(np.array(LogFolder.open(train.data).embedding_matrix(train.source)))
+
+
+def _requests(trained: TrainedRun, rows: int) -> tuple[list[Request], Tensor]:
+    requests, labels, taken = [], [], 0
+    for batch in trained.batches:
+        requests.append(to_request(batch))
+        labels.append(batch.labels[batch.weights > 0])
+        taken += requests[-1].rows
+        if taken >= rows:
+            break
+    return requests, torch.cat(labels)
+
+
+def _fresh_process(folders: list[str], config: ExportConfig) -> list[dict[str, Any]]:
+    """Run apps.served, which knows nothing but the folders."""
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "served.json"
+        command = [
+            sys.executable,
+            "-m",
+            "apps.served",
+            f"--folders={[str(Path(f).absolute()) for f in folders]}",
+        ]
+        command += [f"--batches={list(config.batches)}", f"--rounds={config.rounds}", f"--json={file}"]
+        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SidError("apps.served", done.stderr.strip()[-500:], "The programs do not run elsewhere.")
+        rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    return rows
+
+
+def _answers(program: Program, requests: Sequence[Request]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([program(r.dense, dict(r.features), r.extras) for r in requests])
+
+
+def _eager_row(
+    model: nn.Module, requests: Sequence[Request], labels: Tensor, example: Request, config: ExportConfig
+) -> dict[str, Any]:
+    """The model as it was trained, called from Python."""
+    program = Program(model, tuple(example.features))
+    times = {}
+    for batch in config.batches:
+        request = example.take([i % example.rows for i in range(batch)])
+        taken = []
+        for turn in range(config.rounds + 1):
+            began = time.perf_counter()
+            _answers(program, [request])
+            if turn:
+                taken.append(1000 * (time.perf_counter() - began))
+        times[str(batch)] = median(taken)
+    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return {
+        "system": "eager float",
+        "bytes": size,
+        "load_seconds": None,
+        "difference_to_eager": 0.0,
+        "difference_to_float": 0.0,
+        "ne": normalized_entropy(_answers(program, requests), labels),
+        "ms": times,
+    }
+
+
+def _row(
+    precision: str,
+    report: ExportReport,
+    measured: dict[str, Any],
+    logits: Tensor,
+    plain: Tensor,
+    labels: Tensor,
+) -> dict[str, Any]:
+    return {
+        "system": f"program {precision}",
+        "bytes": report.bytes,
+        "load_seconds": measured["load_seconds"],
+        "difference_to_eager": max(report.difference, measured["difference"]),
+        "difference_to_float": float((logits - plain).abs().max()),
+        "ne": normalized_entropy(logits, labels),
+        "ms": measured["ms"],
+    }
+
+
+def normalized_entropy(logits: Tensor, labels: Tensor) -> float | None:
+    """Cross-entropy over the entropy of the base rate; None where there is a single label."""
+    rate = float(labels.double().mean())
+    if rate in (0.0, 1.0):
+        return None
+    entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+    loss = nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
+    return float(loss) / entropy
+
+
+if __name__ == "__main__":
+    main()
