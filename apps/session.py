@@ -171,6 +171,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         seed=config.seed,
         batch_size=config.batch_size // ranks.size,
         feature_lengths=lengths,
+        replicas=config.replicas,
     )
     identity = {"log": log.fingerprint, "seed": str(config.seed)}
     identity |= {name: catalog.fingerprint for name, catalog in sids.catalogs.items()}

@@ -54,6 +54,8 @@ class TrainConfig:
     """Sharding plan (JSON) to follow; default: make one."""
     planner: str | None = None
     """Planner configuration (YAML or TOML) to make one with."""
+    replicas: int = 1
+    """Groups of processes that each hold all tables (2D parallelism); the plan is for one group."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     asynchronous_checkpoints: bool = False

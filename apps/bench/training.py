@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
-from apps.rundir import StepRecorder
+from apps.rundir import StepRecorder, set_up_logging
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.prepare import prepare
 from torchrec_sid.data.prepared import PreparedLog
@@ -55,9 +55,9 @@ _BATCH = 512
 class BenchConfig:
     """How much to measure."""
 
-    steps: int = 40
+    steps: int = 20
     """Steps of each measurement."""
-    repeats: int = 5
+    repeats: int = 7
     """Measurements of each kind, alternating."""
     arms: tuple[str, ...] = (*ARMS, "sentencepiece", "side")
     """Which arms."""
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="*", type=int, help="only these")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args()
+    set_up_logging()
     config = QUICK if options.quick else BenchConfig()
     config = replace(
         config,
@@ -85,9 +86,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_synthetic(Path(folder) / "log", SyntheticConfig())
         log = prepare(Path(folder) / "log", Path(folder) / "prepared")
-        rows = [row for processes in config.processes for row in _measure(config, log, processes)]
-    if options.json is not None:
-        write_json(options.json, {"rows": [*_others(options.json, rows), *rows]})
+        rows: list[dict[str, Any]] = []
+        for processes in config.processes:
+            for measured in _measure(config, log, processes):
+                rows += measured
+                if options.json is not None:
+                    write_json(options.json, {"rows": [*_others(options.json, rows), *rows]})
     console = Console()
     if not console.is_terminal:  # a log has no width: do not cut the table
         console = Console(width=120)
@@ -101,7 +105,8 @@ def _others(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in earlier if (row["arm"], row["processes"]) not in measured]
 
 
-def _measure(config: BenchConfig, log: PreparedLog, processes: int) -> list[dict[str, Any]]:
+def _measure(config: BenchConfig, log: PreparedLog, processes: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each arm in turn."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -111,30 +116,29 @@ def _measure(config: BenchConfig, log: PreparedLog, processes: int) -> list[dict
         ]
         for process in ranks:
             process.start()
-        # A failed rank would leave the others waiting for ever, and this one for its rows.
-        while all(process.is_alive() for process in ranks) and results.empty():
-            ranks[0].join(0.2)
-        if results.empty():
-            for process in ranks:
-                process.kill()
-            raise SystemExit("a process of the bench failed; see its message above")
-        rows: list[dict[str, Any]] = results.get()
+        for _ in config.arms:
+            # A failed rank would leave the others waiting for ever, and this one for its rows.
+            while all(process.is_alive() for process in ranks) and results.empty():
+                ranks[0].join(0.2)
+            if results.empty():
+                for process in ranks:
+                    process.kill()
+                raise SystemExit("a process of the bench failed; see its message above")
+            yield results.get()
         for process in ranks:
             process.join()
-    return rows
 
 
 def _rank(config: BenchConfig, log: PreparedLog, rank: int, world: int, folder: str, results: Any) -> None:
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    rows = [
-        row
-        for arm, pipelined in itertools.product(config.arms, (False, True))
-        for row in _measure_arm(config, log, arm, pipelined, Path(folder) / f"board{rank}")
-    ]
-    if rank == 0:
-        results.put(rows)
+    for arm in config.arms:
+        rows: list[dict[str, Any]] = []
+        for pipelined in (False, True):
+            rows += _measure_arm(config, log, arm, pipelined, Path(folder) / f"board{rank}")
+        if rank == 0:
+            results.put(rows)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -137,12 +137,12 @@ def _unreadable_parquet(run: Path) -> contextlib.AbstractContextManager[tuple[st
 
 @contextlib.contextmanager
 def _raising_rank(run: Path) -> Iterator[tuple[str, ...]]:
-    yield ("component", "--module", "tests.apps.failing_train", "--env", "FAIL=raise")
+    yield ("component", "--module", "tests.apps.failing_train", "--env", f"FAIL=raise:{run / 'done'}")
 
 
 @contextlib.contextmanager
 def _killed_rank(run: Path) -> Iterator[tuple[str, ...]]:
-    yield ("component", "--module", "tests.apps.failing_train", "--env", "FAIL=kill")
+    yield ("component", "--module", "tests.apps.failing_train", "--env", f"FAIL=kill:{run / 'done'}")
 
 
 FAULTS = {

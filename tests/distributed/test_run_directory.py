@@ -13,6 +13,8 @@ from apps.session import TrainConfig
 from apps.train import train
 from tests.distributed.kill_matrix import STEPS, metrics_of, prepare_case
 from tests.distributed.launch import run_ranks
+from torchrec_sid.parallel.checkpoint_files import list_checkpoints, read_checkpoint
+from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import load_plan
 
 
@@ -41,6 +43,10 @@ def test_a_run_directory_says_what_happened_and_its_plan_can_be_made_beforehand(
     metrics = json.loads((run / "metrics.json").read_text())
     assert len(metrics["ranks"]) == 2
     assert all(rank["examples_per_second"] > 0 and rank["peak_rss_mb"] > 0 for rank in metrics["ranks"])
+    saved = read_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    assert set(saved.identity) == {"log", "seed", "catalog"}
+    assert set(saved.metadata) == {"config", "plan", "position", "metrics", "world_size"}
+    assert 0.3 < saved.metadata["metrics"]["loss"] < 1
 
     report = plan(
         PlanConfig(
@@ -63,3 +69,17 @@ def test_a_run_directory_says_what_happened_and_its_plan_can_be_made_beforehand(
     # The same function, whatever the plan: the last digits may differ.
     both = [json.loads('{"slices"' + metrics_of(c))["slices"]["all"]["ne"] for c in (config, planned)]
     assert abs(both[0] - both[1]) < 1e-6
+
+
+def test_two_replicas_of_two_processes_train_like_one_process(tmp_path: Path) -> None:
+    sgd = TableOptimizer("sgd", lr=0.1)
+    one = replace(prepare_case(tmp_path), tables=sgd, max_steps=9, dense_lr=1e-4)
+    two = replace(one, output=str(tmp_path / "2d"), replicas=2)
+    run_ranks(_train, 1, one)
+    run_ranks(_train, 4, two)
+    # Adam makes a step of the rounding of a gradient near zero.
+    both = [json.loads('{"slices"' + metrics_of(c))["slices"]["all"]["ne"] for c in (one, two)]
+    assert abs(both[0] - both[1]) < 1e-4
+    # Started again in one group, from what the first of the two has saved.
+    run_ranks(_train, 2, replace(two, replicas=1, max_steps=12))
+    assert json.loads((tmp_path / "2d" / "metrics.json").read_text())["steps"] == 12

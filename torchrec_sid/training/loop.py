@@ -93,6 +93,7 @@ class TrainingLoop:
         self.metadata = dict(metadata or {})
         self.position = Position()
         self._saved = 0
+        self._loss: torch.Tensor | None = None
         self.pipeline: TrainPipelineSparseDist | None = None
         if pipelined and any(isinstance(module, ShardedModule) for module in model.modules()):
             # Transforms from SIDs to rows run a batch ahead only with pipeline_postproc.
@@ -152,6 +153,7 @@ class TrainingLoop:
             for output in self._progress(waits.watch(itertools.islice(batches, limit))):
                 self._advance()
                 examples += len(output.labels)
+                self._loss = output.loss
                 step = self.position.step
                 if schedule is not None:
                     schedule(step)
@@ -180,7 +182,7 @@ class TrainingLoop:
         self.checkpoints.save(
             self.position.step,
             training_state(self.model, self.optimizer),
-            {**self.metadata, "position": asdict(self.position)},
+            {**self.metadata, "position": asdict(self.position), "metrics": self._metrics()},
         )
 
     def evaluate(
@@ -223,6 +225,10 @@ class TrainingLoop:
                     segment=output.segment,
                 )
         return metrics.compute()
+
+    def _metrics(self) -> dict[str, float]:
+        """What a checkpoint says of the training: the last loss of rank 0."""
+        return {} if self._loss is None else {"loss": float(self._loss)}
 
     def _counts(self, mine: int) -> list[int]:
         """One number of every rank; a collective call."""
