@@ -2,24 +2,29 @@
 
     python -m apps.quantize --data ../shared/data/ml1m --output out/sids
     python -m apps.quantize --data FOLDER_WITH_NEW_ITEMS --append_to out/sids --output out/new_items
+    torchrun --nproc_per_node 2 -m apps.quantize --data FOLDER --output out/sids --quantizer rq_vae
 
 OUTPUT gets quantizer.safetensors, catalog/ (item id -> SID), quality.json, quality.png, report.html. The
 second form encodes the items of FOLDER that a catalog lacks with its own frozen quantizer, adds them to
-that catalog, and reports how well the quantizer still fits them.
+that catalog, and reports how well the quantizer still fits them. The third lets several processes train a
+quantizer that learns by gradients (rq_vae, vq_fusion) together; the first of them writes.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -79,6 +84,9 @@ class QuantizeConfig:
     """OUTPUT of an earlier run: report how many of its SIDs this one would move."""
     overwrite: bool = False
     """Replace a catalog that OUTPUT holds already."""
+    checkpoint_every: int = 0
+    """Training steps of rq_vae and vq_fusion between writes of OUTPUT/fit.safetensors, from which the same
+    command continues when it was cut off; 0 for none."""
     parquet: bool = False
     """Export the catalog to OUTPUT/sids.parquet too."""
     report: bool = True
@@ -95,6 +103,8 @@ class QuantizeConfig:
             raise SidError("held_out", str(self.held_out), "Choose a share of at least 0 and below 1.")
         if self.last_digit == 1 or self.last_digit < 0:
             raise SidError("last_digit", str(self.last_digit), "Choose 0, or 2 and more.")
+        if self.checkpoint_every < 0:
+            raise SidError("checkpoint_every", str(self.checkpoint_every), "Choose 0 or more steps.")
 
 
 class Quantization(NamedTuple):
@@ -113,8 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line; ``argv`` stands in for the arguments of the process."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     console = Console()
-    with plain_errors():
-        result = quantize(parse_config(QuantizeConfig, __doc__, argv), progress=True)
+    with plain_errors(), fitting_processes() as group:
+        config = parse_config(QuantizeConfig, __doc__, argv)
+        if group is not None and dist.get_rank(group) > 0:
+            help_fit(config, group)
+            return
+        result = quantize(config, progress=True, group=group)
     console.print(describe(result.quality))
     if result.drift is not None:
         console.print(f"drift: {result.drift.describe()}")
@@ -123,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def quantize(
-    config: QuantizeConfig, *, fit_rows: Array | None = None, progress: bool = False
+    config: QuantizeConfig,
+    *,
+    fit_rows: Array | None = None,
+    progress: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Quantization:
     """Learn SIDs for every item of a folder, or append new items to an earlier run's catalog.
 
@@ -132,6 +150,7 @@ def quantize(
         fit_rows: ``[N]`` bool, which items to learn from, e.g. those of the training period; errors are
             measured on the others. By default a random share ``1 - held_out``.
         progress: show bars.
+        group: processes that fit together; this is the first of them, the others call :func:`help_fit`.
 
     Raises:
         SidError: a folder whose parts do not fit, embeddings that are not finite.
@@ -145,7 +164,7 @@ def quantize(
     made = (
         _append(config, folder, progress)
         if config.append_to
-        else _learn(config, folder, fit_rows, progress)
+        else _learn(config, folder, fit_rows, progress, group)
     )
     measured = made.held_out if made.held_out.any() else made.items
     quality = measure_quality(
@@ -184,15 +203,43 @@ class _Made(NamedTuple):
     held_out: Array  # [N] bool: those of them that the quantizer did not learn from
 
 
-def _learn(config: QuantizeConfig, folder: LogFolder, fit_rows: Array | None, progress: bool) -> _Made:
+def help_fit(config: QuantizeConfig, group: dist.ProcessGroup) -> None:
+    """The part of every process but the first: train along; nothing is written."""
+    if config.append_to is None and config.quantizer in ("rq_vae", "vq_fusion"):
+        folder = LogFolder.open(config.data, source=config.source, events=False)
+        _fit(config, folder, _fit_rows(config, len(folder)), False, group)
+
+
+@contextmanager
+def fitting_processes() -> Iterator[dist.ProcessGroup | None]:
+    """The process group of a launch by torchrun or TorchX; None for a process on its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    dist.init_process_group("gloo")  # the quantizers of this app live on the CPU
+    try:
+        yield dist.group.WORLD
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _learn(
+    config: QuantizeConfig,
+    folder: LogFolder,
+    fit_rows: Array | None,
+    progress: bool,
+    group: dist.ProcessGroup | None,
+) -> _Made:
     output = Path(config.output)
     if SidCatalog.exists(output / "catalog") and not config.overwrite:
         raise SidError(
             str(output), "holds a catalog already", "Choose another folder, or pass --overwrite true."
         )
     learned = _fit_rows(config, len(folder)) if fit_rows is None else np.asarray(fit_rows, dtype=bool)
-    quantizer = _fit(config, folder, learned, output, progress)
+    quantizer = _fit(config, folder, learned, progress, group)
     quantizer.save(output / "quantizer.safetensors")
+    _checkpoint(config).unlink(missing_ok=True)
     content = Content(folder, quantizer, output)
     catalog = _create(config, content, quantizer.fingerprint, output / "catalog", progress)
     return _Made(quantizer, content, catalog, np.ones(len(folder), dtype=bool), ~learned)
@@ -203,18 +250,33 @@ def _fit_rows(config: QuantizeConfig, items: int) -> Array:
     return (draws >= config.held_out).numpy()
 
 
-def _fit(config: QuantizeConfig, folder: LogFolder, rows: Array, output: Path, progress: bool) -> Quantizer:
+def _checkpoint(config: QuantizeConfig) -> Path:
+    return Path(config.output) / "fit.safetensors"
+
+
+def _fit(
+    config: QuantizeConfig,
+    folder: LogFolder,
+    rows: Array,
+    progress: bool,
+    group: dist.ProcessGroup | None,
+) -> Quantizer:
+    options: dict[str, Any] = {"progress": progress, "group": group}
+    if config.checkpoint_every:
+        options |= {"checkpoint": _checkpoint(config), "checkpoint_every": config.checkpoint_every}
     if config.quantizer == "vq_fusion":
         settings = config.sources, config.categories, config.separator, config.vq_fusion
-        return fit_fusion(folder, *settings, rows, output, progress).eval()
+        return fit_fusion(folder, *settings, rows, Path(config.output), options).eval()
     stream = item_stream(folder, rows)
-    quantizer: Quantizer
-    if config.quantizer == "discrete_pca":
-        quantizer = DiscretePca(stream.dim, config.discrete_pca)
-    elif config.quantizer == "rq_vae":
-        quantizer = RqVae(stream.dim, config.rq_vae)
-    else:
-        quantizer = ResidualKMeans(stream.dim, config.residual_kmeans)
+    if config.quantizer == "rq_vae":
+        vae = RqVae(stream.dim, config.rq_vae)
+        vae.fit(stream, **options)
+        return vae.eval()
+    quantizer = (
+        DiscretePca(stream.dim, config.discrete_pca)
+        if config.quantizer == "discrete_pca"
+        else ResidualKMeans(stream.dim, config.residual_kmeans)
+    )
     quantizer.fit(stream, progress=progress)
     return quantizer.eval()
 

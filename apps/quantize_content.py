@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_sid.artifact import write_json
@@ -116,9 +117,11 @@ def fit_fusion(
     config: VqFusionConfig,
     rows: Array,
     output: Path,
-    progress: bool,
+    options: Mapping[str, Any],
 ) -> VqFusion:
-    """Fuse the chosen sources; what the classes stand for goes to OUTPUT/classes.json.
+    """Fuse the chosen sources; the first process writes what the classes stand for to OUTPUT/classes.json.
+
+    ``options`` are more arguments of :meth:`VqFusion.fit`.
 
     Raises:
         SidError: an unknown source or column, or one name for both.
@@ -133,8 +136,10 @@ def fit_fusion(
     labels = {column: CategorySource(len(values)) for column, values in names.items()}
     fusion = VqFusion({**sources, **labels}, config)
     chosen = fusion_rows(folder, embeddings, classes, rows)
-    fusion.fit(chosen.data, present=chosen.present, progress=progress)
-    write_json(output / _CLASSES, asdict(classes))
+    fusion.fit(chosen.data, present=chosen.present, **options)
+    group = options.get("group")
+    if group is None or dist.get_rank(group) == 0:
+        write_json(output / _CLASSES, asdict(classes))
     return fusion
 
 

@@ -20,6 +20,7 @@ from torchrec_sid.quantizers import (
     VqFusionConfig,
     load_quantizer,
 )
+from torchrec_sid.quantizers.bottleneck import Bottleneck
 
 KMEANS = ResidualKMeansConfig(cardinalities=(8, 8))
 
@@ -96,6 +97,32 @@ def test_every_quantizer_can_be_chosen(config: QuantizeConfig) -> None:
     small = RqVaeConfig(cardinalities=(8, 8), epochs=1)
     vae = changed(config, quantizer="rq_vae", rq_vae=small, overwrite=True)
     assert vae.catalog.spec.cardinalities == (8, 8) and vae.quantizer.kind == "rq_vae"
+
+
+def test_a_fit_that_was_cut_off_continues(config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = RqVaeConfig(cardinalities=(8, 8), epochs=4, batch_size=64)
+    fields = {"quantizer": "rq_vae", "rq_vae": small, "checkpoint_every": 5}
+    whole = changed(config, **{**fields, "checkpoint_every": 0}).quantizer.fingerprint
+    steps = 0
+    follow = Bottleneck.follow
+
+    def cut_off(*args: object) -> int:
+        nonlocal steps
+        steps += 1
+        if steps == 12:
+            raise KeyboardInterrupt
+        return follow(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Bottleneck, "follow", cut_off)
+    run = dataclasses.replace(config, **fields)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        quantize(run)
+    checkpoint = Path(config.output) / "fit.safetensors"
+    assert checkpoint.is_file()
+    steps = 100
+    assert quantize(run).quantizer.fingerprint == whole
+    assert not checkpoint.exists(), "a finished fit needs it no more"
+    assert steps < 100 + 34, "the steps before the checkpoint are not taken again"
 
 
 def test_several_sources_become_one_sid_and_new_items_need_not_have_all(
@@ -218,7 +245,9 @@ def test_an_existing_catalog_is_safe(config: QuantizeConfig, tmp_path: Path) -> 
         quantize(dataclasses.replace(config, data=str(tmp_path / "more"), append_to=config.output))
 
 
-@pytest.mark.parametrize("fields", [{"held_out": 1.0}, {"held_out": -0.1}, {"last_digit": 1}])
+@pytest.mark.parametrize(
+    "fields", [{"held_out": 1.0}, {"held_out": -0.1}, {"last_digit": 1}, {"checkpoint_every": -1}]
+)
 def test_bad_options_are_named(fields: dict[str, float]) -> None:
     with pytest.raises(SidError, match=next(iter(fields))):
         QuantizeConfig("data", **fields)  # type: ignore[arg-type]
