@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.spec import SidSpec
 
 UNKNOWN = -1
@@ -44,7 +45,7 @@ class CatalogMap(nn.Module):
 
     def __init__(self, catalog: Catalog, device: torch.device | str | None = None) -> None:
         super().__init__()
-        device = _real(device)
+        device = buffer_device(device)
         ids = torch.as_tensor(catalog.item_ids(), dtype=torch.int64)
         packed = torch.as_tensor(catalog.lookup(ids), dtype=torch.int64)
         self.spec = catalog.spec
@@ -82,8 +83,3 @@ class CatalogMap(nn.Module):
         place = torch.searchsorted(self.ids, raw)
         found = self.ids.index_select(0, place.clamp(max=last - 1)) == raw
         return place.masked_fill_(~found, last)
-
-
-def _real(device: torch.device | str | None) -> torch.device:
-    device = torch.device(device if device is not None else "cpu")
-    return torch.device("cpu") if device.type == "meta" else device

@@ -41,7 +41,8 @@ class LevelIndexer(nn.Module):
         self._exact: list[bool] = [c.exact for c in slot.columns]
         runs = [_runs(c, spec) for c in slot.columns]
         self._shifts: list[list[int]] = [[spec.shifts[stop - 1] for _, stop in r] for r in runs]
-        self._masks: list[list[int]] = [[_mask(spec, *run) for run in r] for r in runs]
+        # Above the first level there is nothing to mask away; 0 stands for that.
+        self._masks: list[list[int]] = [[_mask(spec, *run) if run[0] else 0 for run in r] for r in runs]
         self._sizes: list[list[int]] = [[_size(spec, *run) for run in r] for r in runs]
 
     def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> Rows:
@@ -55,13 +56,16 @@ class LevelIndexer(nn.Module):
         columns: list[Tensor] = []
         for j in range(self.per_item):
             # Each column is computed in place in one fresh tensor: page faults cost more than arithmetic.
-            column = packed.bitwise_right_shift(self._shifts[j][0]).bitwise_and_(self._masks[j][0])
+            column = packed.bitwise_right_shift(self._shifts[j][0])
+            if self._masks[j][0] != 0:
+                column = column.bitwise_and_(self._masks[j][0])
             for run in range(1, len(self._shifts[j])):
                 digit = packed.bitwise_right_shift(self._shifts[j][run]).bitwise_and_(self._masks[j][run])
                 column = column.mul_(self._sizes[j][run]).add_(digit)
             if not self._exact[j]:
                 column = hash_rows_(column, self._salts[j], self._rows[j])
-            column = column.add_(self._bases[j])
+            if self._bases[j] != 0:
+                column = column.add_(self._bases[j])
             if unknown is not None:
                 column = column.masked_fill_(unknown, self._unknown_row)
             columns.append(column)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.tables.piece_map import MAX_STATES, NO_PIECE, PieceMap
 from torchrec_sid.tables.pieces import UNK, SidPieces
@@ -67,9 +68,7 @@ class SidTokenizer(nn.Module):
             raise SidError(
                 "SidTokenizer", f"{levels} levels", f"It cuts SIDs of at most {_MAX_LEVELS} levels."
             )
-        place = torch.device(device if device is not None else "cpu")
-        if place.type == "meta":
-            place = torch.device("cpu")
+        place = buffer_device(device)
         known = pieces.scores[1:]
         lowest = known.min() if len(known) else torch.zeros(())
         self.map = PieceMap(pieces, float(lowest - _UNK_PENALTY), place)
