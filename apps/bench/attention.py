@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from apps.bench.attention_systems import (
 from apps.bench.measure import alternate, peak_mb
 from torchrec_sid.artifact import write_json
 from torchrec_sid.progress import track
+from torchrec_sid.side.kernels import cpu, plain
 from torchrec_sid.side.kernels.build import load_library
+from torchrec_sid.side.kernels.problem import Problem
 from torchrec_sid.side.kernels.reference import decode_then_attend
 
 PASSES = ("forward", "forward+backward")
-GROUPS = ("main", "lengths", "long", "users", "candidates", "dims", "digits", "ragged")
+GROUPS = ("main", "lengths", "long", "users", "candidates", "dims", "digits", "ragged", "kernel")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def shapes(config: BenchConfig) -> Iterator[Shape]:
         "dims": [replace(base, dims=dims) for dims in (64, 128, 256, 512)],
         "digits": [replace(base, digits=80)],
         "ragged": [],
+        "kernel": [],
     }
     for name in config.groups:
         yield from groups[name]
@@ -180,6 +184,40 @@ def measure_ragged(config: BenchConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_kernel(config: BenchConfig) -> list[dict[str, Any]]:
+    """The operator alone on the CPU: the compiled kernel and plain PyTorch, on one thread and on all."""
+    rows, threads = [], torch.get_num_threads()
+    for shape in (Shape(), Shape(users=64, length=10_000)):
+        w = Workload(shape, torch.device("cpu"), config.seed)
+        layout, lengths = w.attention.layout, w.lengths.tolist()
+        query = torch.randn(shape.users, shape.heads, layout.num_features)
+        problem = Problem(query, w.history, w.lengths, None, None, layout, shape.heads, True)
+        out = cpu.forward(problem)
+        grad, none = torch.randn_like(out.z), torch.zeros_like(out.total)
+        works: dict[tuple[str, str], Callable[[], object]] = {
+            ("cpu", "forward"): partial(cpu.forward, problem),
+            ("torch", "forward"): partial(plain.forward, problem, lengths),
+            ("cpu", "backward"): partial(cpu.backward, grad, none, problem, out),
+            ("torch", "backward"): partial(plain.backward, grad, none, problem, out, lengths),
+        }
+        for count in sorted({1, threads}):
+            torch.set_num_threads(count)
+            times = alternate({" ".join(key): work for key, work in works.items()}, config.rounds, w.device)
+            for name, step in works:
+                rows.append(
+                    {
+                        "users": shape.users,
+                        "length": shape.length,
+                        "threads": count,
+                        "kernel": name,
+                        "pass": step,
+                        "ms": times[f"{name} {step}"],
+                    }
+                )
+    torch.set_num_threads(threads)
+    return rows
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows of one shape, with how many times slower each system is than the fastest of ours."""
     first = rows[0]
@@ -218,8 +256,18 @@ def main() -> None:
             f"{row['system']:18}{row['pass']:18}{row['ms']:10.2f} ms ragged, "
             f"{row['ms_equal_lengths']:.2f} ms equal ({row['events']} events)"
         )
+    kernel = measure_kernel(config) if "kernel" in config.groups and _compiled_here(config) else []
+    for row in kernel:
+        print(
+            f"{row['users']} x {row['length']}, {row['threads']} threads, "
+            f"{row['kernel']:6}{row['pass']:9}{row['ms']:8.2f} ms"
+        )
     if config.json:
-        write_json(Path(config.json), {"rows": rows, "ragged": ragged})
+        write_json(Path(config.json), {"rows": rows, "ragged": ragged, "kernel": kernel})
+
+
+def _compiled_here(config: BenchConfig) -> bool:
+    return config.device == "cpu" and not config.quick and not load_library().reason
 
 
 if __name__ == "__main__":

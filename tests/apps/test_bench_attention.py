@@ -78,3 +78,12 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
         del second, third
 
     assert peak_mb(work, torch.device("cpu")) == pytest.approx(2, abs=0.1)
+
+
+def test_kernels_are_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "Shape", lambda **changes: SMALL)
+    rows = attention.measure_kernel(attention.BenchConfig(rounds=1))
+    assert {(row["kernel"], row["pass"]) for row in rows} == {
+        (kernel, step) for kernel in ("cpu", "torch") for step in ("forward", "backward")
+    }
+    assert all(row["ms"] > 0 for row in rows)
