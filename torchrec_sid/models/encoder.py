@@ -109,5 +109,7 @@ class HistoryEncoder(nn.Module):
         padded = padded + self.position.weight[:bound]
         for layer in self.layers:
             padded = layer(padded)
-        inside = torch.arange(bound, device=lengths.device) < lengths.unsqueeze(1)
-        return self.norm(padded)[inside]
+        # As many rows as there were events, so that no size is read back from the device.
+        flat: Tensor
+        flat, _ = torch.ops.fbgemm.dense_to_jagged(self.norm(padded), [offsets], events.shape[0])
+        return flat
