@@ -269,7 +269,8 @@ def test_basis_of_the_quantizers_of_this_package() -> None:
         assert basis.layout.num_features == features
         codes = quantizer.encode(x)
         torch.testing.assert_close(basis.decode(codes), quantizer.decode(codes), rtol=1e-4, atol=1e-5)
-    vae = RqVae(16, RqVaeConfig(cardinalities=(8, 8), epochs=1, hidden=(12,)))
+    # It starts as a linear map and has to be trained before its decoder bends.
+    vae = RqVae(16, RqVaeConfig(cardinalities=(8, 8), epochs=40, hidden=(12,)))
     vae.fit(x)
     with pytest.raises(SidError, match="not a sum over levels"):
         FrozenBasis.from_quantizer(vae)
