@@ -41,6 +41,6 @@ def test_the_page_runs_on_two_processes(tmp_path):
     said = "\n".join(line.rstrip() for line in first.splitlines())
     for line in report.splitlines():
         assert line in said
-    rest = [line for line in said.splitlines() if line not in report]
+    rest = [line for line in said.splitlines() if line not in report.splitlines()]
     assert rest == [line.split(":")[0] for line in expected]
     assert second.splitlines() == first.splitlines()[:-1]

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,23 +45,27 @@ class TablesBenchConfig:
     """Where everything but the sentencepiece library runs."""
     seed: int = 0
     """Of SIDs and ids."""
+    parts: tuple[str, ...] = ("bags", "history", "tokenise_4", "tokenise_8")
+    """What to run of it."""
 
 
-def collections_bench(config: TablesBenchConfig, items: Items) -> list[dict[str, Any]]:
+def collections_bench(
+    config: TablesBenchConfig, kind: Literal["bags", "history"], items: Items
+) -> list[dict[str, Any]]:
     """Every scheme against the raw-id collection it replaces."""
     device, shrink = torch.device(config.device), 16 if config.quick else 1
-    rows = []
-    for case in (
-        Case("bags_4096x10", "bags", 4096 // shrink, 10),
-        Case("history_64x4096", "history", 64, 4096 // shrink),
-    ):
-        made = make_systems(case, items, config.dim, config.seed, device)
-        equal = {"raw_id": made.pop("raw_id_equal"), "hashed_prefix": made["hashed_prefix"]}
-        rows += _measure(config, case.name, made)
-        rows += _measure(config, f"{case.name}_equal_lookups", equal)
-        with one_process(device):
-            sharded = {name: shard(system, device) for name, system in equal.items()}
-            rows += _measure(config, f"{case.name}_equal_lookups_sharded", sharded)
+    case = (
+        Case("bags_4096x10", kind, 4096 // shrink, 10)
+        if kind == "bags"
+        else Case("history_64x4096", kind, 64, 4096 // shrink)
+    )
+    made = make_systems(case, items, config.dim, config.seed, device)
+    equal = {"raw_id": made.pop("raw_id_equal"), "hashed_prefix": made["hashed_prefix"]}
+    rows = _measure(config, case.name, made)
+    rows += _measure(config, f"{case.name}_equal_lookups", equal)
+    with one_process(device):
+        sharded = {name: shard(system, device) for name, system in equal.items()}
+        rows += _measure(config, f"{case.name}_equal_lookups_sharded", sharded)
     return rows
 
 
@@ -94,8 +98,14 @@ def tokenise_bench(config: TablesBenchConfig, levels: int) -> list[dict[str, Any
     codes = items.codes[torch.randint(0, known, (count,), generator=generator)]
     on_device = codes.to(device)
     rows = []
-    for model in ("unigram", "bpe"):
-        pieces = train_pieces(items.spec, items.codes, PieceTrainerConfig(size, model))
+    models: tuple[Literal["unigram", "bpe"], ...] = ("unigram", "bpe")
+    for model in models:
+        trained = model == items.pieces.config.model
+        pieces = (
+            items.pieces
+            if trained
+            else train_pieces(items.spec, items.codes, PieceTrainerConfig(size, model))
+        )
         tokenizer, processor = SidTokenizer(pieces, device), pieces.processor()
 
         def by_tensor(tokenizer: SidTokenizer = tokenizer) -> Tensor:
@@ -121,15 +131,21 @@ def main() -> None:
     config = parse_config(TablesBenchConfig, __doc__)
     torch.manual_seed(config.seed)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")
-    items = planted(4, 256, *((5_000, 3_000) if config.quick else (200_000, 100_000)), config.seed)
-    rows = collections_bench(config, items)
-    for levels in (4, 8):
-        rows += tokenise_bench(config, levels)
-    for row in rows:
-        shown = f"{row['case']:<40} {row['system']:<14} {row['pass']:<17}"
-        print(f"{shown} {row['ms']:9.2f} ms {row['peak_mb']:9.1f} MB")
-    if config.json:
-        write_json(Path(config.json), {"rows": rows})
+    rows: list[dict[str, Any]] = []
+    items: Items | None = None
+    for part in config.parts:
+        if part in ("bags", "history"):
+            size = (5_000, 3_000) if config.quick else (200_000, 100_000)
+            items = items or planted(4, 256, *size, config.seed)
+            found = collections_bench(config, "bags" if part == "bags" else "history", items)
+        else:
+            found = tokenise_bench(config, int(part.removeprefix("tokenise_")))
+        for row in found:
+            shown = f"{row['case']:<40} {row['system']:<14} {row['pass']:<17}"
+            print(f"{shown} {row['ms']:9.2f} ms {row['peak_mb']:9.1f} MB", flush=True)
+        rows += found
+        if config.json:
+            write_json(Path(config.json), {"rows": rows})
 
 
 if __name__ == "__main__":
