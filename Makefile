@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo lint test clean
+.PHONY: setup demo paper lint test clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,11 @@ OUT ?= out/$(if $(DATA),$(notdir $(DATA:/=)),synthetic)
 SEEDS ?= 1
 demo: $(STAMP)
 	$(PY) -m apps.compare --output $(OUT) --seeds $(SEEDS) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+# TABLE: 1, 2, 3-history, 3-bytes, 3-new or 4 (apps/recipes.py); SEEDS trainings of each row.
+TABLE ?= 1
+paper: $(STAMP)
+	$(PY) -m apps.paper --table $(TABLE) --data $(or $(DATA),../shared/data/ml1m) --seeds $(SEEDS) $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff format --check .

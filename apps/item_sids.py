@@ -18,6 +18,9 @@ from torchrec_sid.seeding import derived_generator
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.tables.pieces import SidPieces
 
+UNKNOWN = -1
+"""Packed SID of the item that the tables know nothing of."""
+
 
 class ItemSids(NamedTuple):
     """Opened artefacts; None where no channel of the arm reads them."""
@@ -65,6 +68,13 @@ def open_item_sids(config: TrainConfig, log: PreparedLog) -> ItemSids:
                 "Pass the quantizer that the catalog was written with.",
             )
         item_bytes, basis = side_catalog.packed_bytes(ids)[order], _basis(quantizer)
+    if config.hide_new:
+        new = torch.from_numpy(np.array(log.item_train_events) == 0)
+        if item_sids is not None:
+            item_sids[new] = UNKNOWN
+        if item_bytes is not None and side_catalog is not None:
+            middle = torch.tensor([[k // 2 for k in side_catalog.spec.cardinalities]])
+            item_bytes[new] = side_catalog.spec.pack_bytes(middle)
     return ItemSids(catalog, item_sids, pieces, side_catalog, item_bytes, basis)
 
 

@@ -136,7 +136,7 @@ def _fuse(recipe: SidRecipe, folder: LogFolder, seen: Tensor, output: Path) -> t
     config = recipe.quantizer
     assert isinstance(config, VqFusionConfig)
     fusion = fit_fusion(
-        folder, recipe.sources, recipe.categories, recipe.separator, config, seen.numpy(), output, False
+        folder, recipe.sources, recipe.categories, recipe.separator, config, seen.numpy(), output, {}
     )
     content = Content(folder, fusion, output)
     everything = np.ones(len(seen), bool)

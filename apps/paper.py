@@ -160,6 +160,7 @@ def _runs(
             prepared=str(log.path),
             **sid_options(arm, learned.get(row.tables or ""), learned.get(row.side or "")),
             shuffle_sids=row.shuffled,
+            hide_new=row.hide_new,
             source=config.source,
             model=row.model,
             evaluate_on=config.evaluate_on,

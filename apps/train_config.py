@@ -28,6 +28,9 @@ class TrainConfig:
     """The quantizer that made it; its decoder must be a sum over levels."""
     shuffle_sids: bool = False
     """Deal the SIDs out among the items at random: a control that keeps everything but their meaning."""
+    hide_new: bool = False
+    """Items without a training event have no SID: a control for what appending them to a catalog is worth.
+    Tables see the unknown item, SIDE the middle code of every level."""
     source: str | None = None
     """Embedding source of the arms over content; default: the log's own default."""
     model: RankingConfig = field(default_factory=RankingConfig)

@@ -19,7 +19,9 @@ def test_the_example_makes_a_model_that_ranks_raw_ids(
     (code,) = re.findall(r"```python\n(.*?)```", _README.read_text(), flags=re.DOTALL)
     ids = torch.arange(500) * 7 + 1_000_000_000
     codes = torch.randint(0, 16, (500, 3), generator=torch.Generator().manual_seed(0))
-    SidCatalog.create(tmp_path / "out/synthetic/sids/catalog", SidSpec((16, 16, 16)), ids, codes, "0" * 64)
+    SidCatalog.create(
+        tmp_path / "out/synthetic/sids/tables/catalog", SidSpec((16, 16, 16)), ids, codes, "0" * 64
+    )
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)

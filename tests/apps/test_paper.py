@@ -51,7 +51,7 @@ def test_the_tables_at_equal_rows_differ_in_nothing_but_the_arm() -> None:
 def test_only_the_chosen_rows_and_their_references_are_trained() -> None:
     table = TABLES["2"](4000)
     names = [row.name for row in chosen_rows(table, ("dense", "rq_vae")).rows]
-    assert names == ["full_id", "+ rq_vae 5 bytes", "+ dense"]
+    assert names == ["full_id", "+ rq_vae 3 bytes", "+ dense"]
     with pytest.raises(SidError, match="'nope'.*full_id"):
         chosen_rows(table, ("nope",))
     with pytest.raises(SidError, match="Name each row once"):
@@ -93,7 +93,12 @@ def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeyp
 
     monkeypatch.setitem(apps.recipes.TABLES, "small", two_ways)
     config = PaperConfig(
-        data=str(tmp_path / "log"), table="small", output=str(tmp_path / "out"), seeds=2, jobs=1, max_steps=4
+        data=str(tmp_path / "log"),
+        table="small",
+        output=str(tmp_path / "out"),
+        seeds=2,
+        jobs=1,
+        max_steps=4,
     )
     report = paper(config, Console(quiet=True))
     none, side = report["rows"]
@@ -139,6 +144,12 @@ def test_shuffled_sids_are_the_same_sids_of_other_items(tmp_path: Path) -> None:
     assert not torch.equal(true.item_sids, dealt.item_sids)
     assert torch.equal(true.item_sids.sort().values, dealt.item_sids.sort().values)
     assert not torch.equal(true.item_bytes, dealt.item_bytes)
+    hidden = open_item_sids(TrainConfig(**config, hide_new=True), log)
+    new = torch.from_numpy(log.item_train_events == 0)
+    assert new.any() and (hidden.item_sids[new] == -1).all()
+    assert (hidden.basis.spec.unpack_bytes(hidden.item_bytes[new]) == 1).all()
+    for name in ("item_sids", "item_bytes"):
+        assert torch.equal(getattr(hidden, name)[~new], getattr(true, name)[~new])
     config["side_quantizer"] = str(tables.quantizer)
     with pytest.raises(SidError, match="did not make"):
         open_item_sids(TrainConfig(**config), log)
