@@ -195,6 +195,23 @@ def test_types_devices_and_initialisation_are_kept():
     assert not [b for b in meta.buffers() if b.is_meta]
 
 
+def test_a_given_range_of_initial_weights_is_kept():
+    table = bag("t", 100, ["item"], weight_init_min=0.25, weight_init_max=0.5)
+    new = replace_embeddings(EmbeddingBagCollection([table]), {"item": PREFIX}, spec=SPEC).model
+    weight = new.ebc.embedding_bags["t"].weight
+    assert 0.25 <= float(weight.min()) < float(weight.max()) <= 0.5
+    assert len(weight) == 85
+
+
+def test_a_feature_without_a_table_is_described_with_no_rows():
+    """Consumers size themselves by these; TorchRec's default range divides by the rows."""
+    new = replace_embeddings(make_ebc(), {"item": Side(ONE_HOT, project=True)}, catalog=CATALOG).model
+    (described,) = [c for c in new.embedding_bag_configs() if c.feature_names == ["item"]]
+    assert (described.num_embeddings, described.embedding_dim) == (0, DIM)
+    assert described.get_weight_init_min() == described.get_weight_init_max() == 0.0
+    assert new(batch()).keys() == ["user", "item", "history"]
+
+
 class Subclass(EmbeddingBagCollection):
     pass
 
