@@ -11,13 +11,19 @@ import torch
 Work = Callable[[], object]
 
 
-def alternate(works: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, float]:
+def alternate(
+    works: Mapping[str, Work],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median milliseconds of each work, run in turn so that the machine's moods meet all alike.
 
     Args:
         works: name -> function.
         rounds: timed runs of each, after one that is not.
         device: a GPU is waited for before and after each run.
+        clock: in seconds; ``time.process_time`` leaves out what other processes took, on a busy machine.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
@@ -25,10 +31,10 @@ def alternate(works: Mapping[str, Work], rounds: int, device: torch.device) -> d
     for _ in range(rounds):
         for name, work in works.items():
             _wait(device)
-            began = time.perf_counter()
+            began = clock()
             work()
             _wait(device)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
 
 
