@@ -1,4 +1,4 @@
-"""The Python of docs/quantizers.md runs."""
+"""The Python of the pages about quantizers runs."""
 
 import re
 from pathlib import Path
@@ -16,3 +16,17 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, again = names["codes"], names["again"]
     assert isinstance(codes, torch.Tensor) and codes.shape == (5000, 3)
     assert torch.equal(again.encode(names["x"]), codes)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["rq_vae", "dpca", "vq_fusion"])
+def test_the_pages_of_single_quantizers_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / f"{name}.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile("\n".join(blocks), str(page), "exec"), names)
+    codes = names["codes"]
+    assert isinstance(codes, torch.Tensor) and codes.dtype == torch.int64

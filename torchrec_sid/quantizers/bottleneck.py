@@ -1,9 +1,9 @@
 """The trainable form of residual quantization: codebooks, then tied digits, between encoder and decoder.
 
 It starts at the closed-form solution of :class:`~torchrec_sid.quantizers.dpca.DiscretePca` (residual
-k-means where there are only codebooks) and follows the moving latents: exponential moving averages
-carry the cluster sums of codebooks and the two moments that give a tied digit stage its best decoder,
-so that codewords stay means and directions stay orthonormal. Codebooks may follow gradients instead.
+k-means where there are only codebooks) and follows the moving latents. Codewords are parameters that
+learn from their residuals and, together, from what is decoded; or they are moving means. Moving averages
+of two moments give a tied digit stage its best decoder, so that its directions stay orthonormal.
 """
 
 from __future__ import annotations

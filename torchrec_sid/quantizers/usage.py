@@ -82,8 +82,8 @@ class UsageMonitor:
                 raise CollapseError(
                     f"{name} after step {step}",
                     f"usage collapsed: perplexity {now:.1f}, at the start it was {before:.1f}",
-                    "Lower learning_rate, use straight_through gradients with EMA codebooks, or leave "
-                    "dead-code reset on (reset_below > 0).",
+                    "Lower learning_rate or codebook_rate, use straight_through gradients or EMA "
+                    "codebooks, or leave dead-code reset on (reset_below > 0).",
                 )
 
 
