@@ -21,7 +21,8 @@ from apps.cli import parse_config, plain_errors
 from apps.launch import launch_training
 from apps.learn_sids import LearnedSids, SidRecipe, learn_sids, sid_options
 from apps.report import markdown_table, summarise_arm, terminal_table, write_report
-from apps.runs import claim_run, git_commit
+from apps.rundir import git_commit
+from apps.runs import claim_run
 from apps.train_config import TrainConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog

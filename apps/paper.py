@@ -28,8 +28,8 @@ from apps.launch import write_options
 from apps.learn_sids import LearnedSids, learn_sids, sid_options
 from apps.paper_report import paper_report, paper_table, write_paper
 from apps.recipes import TABLES, PaperTable, Row
-from apps.rundir import set_up_logging
-from apps.runs import claim_run, git_commit
+from apps.rundir import git_commit, set_up_logging
+from apps.runs import claim_run
 from apps.session import start_processes
 from apps.train import train
 from apps.train_config import TrainConfig

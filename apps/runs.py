@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
 from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
-
-__all__ = ["claim_run", "git_commit"]
 
 
 def claim_run(run: TrainConfig, processes: int, marks: dict[str, str]) -> bool:
@@ -31,18 +28,3 @@ def claim_run(run: TrainConfig, processes: int, marks: dict[str, str]) -> bool:
         shutil.rmtree(output)
     write_json(stamp, wanted)
     return False
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, ``-dirty`` where files differ from it; None without git."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
