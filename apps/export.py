@@ -19,21 +19,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from apps.cli import parse_config, plain_errors
-from apps.item_sids import open_item_sids
+from apps.item_sids import build_run, open_item_sids
 from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
-from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import ArtifactError, SidError
-from torchrec_sid.models.build import Ranking, build_ranking
-from torchrec_sid.models.channels import arm_named
+from torchrec_sid.models.build import Ranking
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.serving.export import ExportOptions, ExportReport, Program, export_model
 from torchrec_sid.serving.quantized import Precision
@@ -140,20 +137,10 @@ def open_run(config: ExportConfig) -> TrainedRun:
     train = parse_config(TrainConfig, None, ["--config", str(file)])
     log = PreparedLog.open(Path(train.prepared or Path(train.output) / "prepared"))
     sids = open_item_sids(train, log)
-    ranking = build_ranking(
-        train.model,
-        log,
-        spec=sids.catalog.spec if sids.catalog else None,
-        pieces=sids.pieces,
-        basis=sids.basis,
-        side_bytes=sids.item_bytes,
-        content=_content(train),
-    )
-    identity = {"log": log.fingerprint}
-    identity |= {name: catalog.fingerprint for name, catalog in sids.catalogs.items()}
-    accepts = {name: catalog.extends for name, catalog in sids.catalogs.items()}
+    ranking = build_run(train, log, sids)
+    identity = {"log": log.fingerprint, **sids.fingerprints}
     directory = Path(config.run) / "checkpoints"
-    with CheckpointManager(directory, identity=identity, accepts=accepts) as manager:
+    with CheckpointManager(directory, identity=identity, accepts=sids.accepts) as manager:
         info = manager.latest()
         if info is None:
             raise ArtifactError(str(directory), "no checkpoint", "Train it first with apps.train.")
@@ -202,12 +189,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _is_history(name: str) -> bool:
     return name.startswith("history") and not name.endswith("_bytes")
-
-
-def _content(train: TrainConfig) -> Tensor | None:
-    if not arm_named(train.model.arm).needs_content:
-        return None
-    return torch.from_numpy(np.array(LogFolder.open(train.data).embedding_matrix(train.source)))
 
 
 def _requests(trained: TrainedRun, rows: int) -> tuple[list[Request], Tensor]:

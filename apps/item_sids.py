@@ -1,7 +1,8 @@
-"""What the channels of an arm read of items' SIDs: catalogs, vocabulary, basis."""
+"""What the channels of an arm read of items' SIDs, catalogs, vocabulary, basis, and the model over it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from apps.train_config import TrainConfig
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
+from torchrec_sid.models.build import Ranking, build_ranking
 from torchrec_sid.models.channels import Arm, arm_named
 from torchrec_sid.quantizers import Quantizer, VqFusion, load_quantizer
 from torchrec_sid.seeding import derived_generator
@@ -39,6 +42,16 @@ class ItemSids(NamedTuple):
         """Those that are read, by their name in a checkpoint."""
         both = {"catalog": self.catalog, "side_catalog": self.side_catalog}
         return {name: catalog for name, catalog in both.items() if catalog is not None}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the catalogs."""
+        return {name: catalog.fingerprint for name, catalog in self.catalogs.items()}
+
+    @property
+    def accepts(self) -> dict[str, Callable[[str], bool]]:
+        """Which other fingerprints a checkpoint may have: those of catalogs that were appended to."""
+        return {name: catalog.extends for name, catalog in self.catalogs.items()}
 
 
 def open_item_sids(config: TrainConfig, log: PreparedLog) -> ItemSids:
@@ -76,6 +89,26 @@ def open_item_sids(config: TrainConfig, log: PreparedLog) -> ItemSids:
             middle = torch.tensor([[k // 2 for k in side_catalog.spec.cardinalities]])
             item_bytes[new] = side_catalog.spec.pack_bytes(middle)
     return ItemSids(catalog, item_sids, pieces, side_catalog, item_bytes, basis)
+
+
+def build_run(
+    config: TrainConfig, log: PreparedLog, sids: ItemSids, device: torch.device | None = None
+) -> Ranking:
+    """The unsharded model of a run, over what its arm reads."""
+    content = None
+    if arm_named(config.model.arm).needs_content:
+        matrix = LogFolder.open(config.data).embedding_matrix(config.source)
+        content = torch.from_numpy(np.array(matrix))
+    return build_ranking(
+        config.model,
+        log,
+        spec=sids.catalog.spec if sids.catalog else None,
+        pieces=sids.pieces,
+        basis=sids.basis,
+        side_bytes=sids.item_bytes,
+        content=content,
+        device=device,
+    )
 
 
 def _needed(option: str, value: str | None, arm: Arm) -> str:

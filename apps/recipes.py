@@ -22,6 +22,8 @@ from torchrec_sid.tables.pieces import PieceTrainerConfig
 
 TRITS = {5: 25, 10: 50, 16: 80}
 """Bytes of a SIDE SID -> its digits."""
+_PREFIX = SidRecipe(ResidualKMeansConfig((16, 16, 16)))
+_SIDE = SidRecipe(DiscretePcaConfig.trits(25))
 LONG_HISTORIES = (64, 256, 1024, 4096)
 """Events kept, where the length of the history is what varies."""
 
@@ -69,9 +71,10 @@ def generalization(items: int) -> PaperTable:
 
     Ways to fill the same number of rows, at three table sizes, with the user's history and without.
     """
-    prefix = SidRecipe(ResidualKMeansConfig((16, 16, 16)))
     sizes = (items // 16, items // 4, items)
-    vocabularies = {f"pieces{size}": replace(prefix, pieces=PieceTrainerConfig(size - 1)) for size in sizes}
+    vocabularies = {
+        f"pieces{size}": replace(_PREFIX, pieces=PieceTrainerConfig(size - 1)) for size in sizes
+    }
     rows = []
     for length, when in ((64, "with history"), (0, "without history")):
         model = RankingConfig(arm="random_hash", history_length=length)
@@ -95,7 +98,7 @@ def generalization(items: int) -> PaperTable:
     return PaperTable(
         "Better Generalization with Semantic IDs: equal rows, filled in different ways",
         tuple(rows),
-        {"prefix": prefix, **vocabularies},
+        {"prefix": _PREFIX, **vocabularies},
         x_axis="table_rows",
     )
 
@@ -105,7 +108,7 @@ def side(items: int) -> PaperTable:
     base = RankingConfig(arm="full_id", table_rows=max(256, items // 4))
     shape = (64, 64, 64, 64)
     sids = {
-        "prefix 2 bytes": SidRecipe(ResidualKMeansConfig((16, 16, 16))),
+        "prefix 2 bytes": _PREFIX,
         "prefix 3 bytes": SidRecipe(ResidualKMeansConfig(shape)),
         "rq_vae 3 bytes": SidRecipe(RqVaeConfig(cardinalities=shape)),
         "fused 5 bytes": SidRecipe(VqFusionConfig()),
@@ -132,13 +135,13 @@ def long_histories(items: int) -> PaperTable:
             model = RankingConfig(arm=arm, history_length=length)
             codes = "side 5 bytes" if arm == "side" else None
             rows.append(Row(f"{arm} {length}", model, side=codes, against=f"{arm} {LONG_HISTORIES[0]}"))
-    sids = {"side 5 bytes": SidRecipe(DiscretePcaConfig.trits(25))}
+    sids = {"side 5 bytes": _SIDE}
     return PaperTable("NE against the length of the history", tuple(rows), sids, x_axis="train_seconds")
 
 
 def one_dial(items: int) -> PaperTable:
     """Table 3, second part: NE against bytes per event, SIDE alone; a combination for comparison."""
-    rows, sids = [], {"prefix": SidRecipe(ResidualKMeansConfig((16, 16, 16)))}
+    rows, sids = [], {"prefix": _PREFIX}
     for digits in (10, 25, 50, 80, 125):
         name = f"side {digits} trits"
         sids[name] = SidRecipe(DiscretePcaConfig.trits(digits))
@@ -159,8 +162,8 @@ def new_items(items: int) -> PaperTable:
     The models are the same, and so are the results on items of the training period.
     """
     sids = {
-        "prefix": SidRecipe(ResidualKMeansConfig((16, 16, 16))),
-        "side": SidRecipe(DiscretePcaConfig.trits(25)),
+        "prefix": _PREFIX,
+        "side": _SIDE,
     }
     rows = [Row("full_id", RankingConfig(arm="full_id"))]
     for arm, tables, codes in (
@@ -181,8 +184,8 @@ def transformer(items: int) -> PaperTable:
         arm="full_id", table_rows=items // 4, encoder_layers=2, interaction="dcn", history_length=64
     )
     sids = {
-        "prefix": SidRecipe(ResidualKMeansConfig((16, 16, 16))),
-        "side": SidRecipe(DiscretePcaConfig.trits(25)),
+        "prefix": _PREFIX,
+        "side": _SIDE,
     }
     rows = [
         Row(

@@ -7,23 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apps.item_sids import open_item_sids
+from apps.item_sids import build_run, open_item_sids
 from apps.train_config import TrainConfig
 from torchrec_sid.artifact import save_artifact
 from torchrec_sid.data.batch import BatchConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
-from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SliceMetrics
-from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
-from torchrec_sid.models.channels import arm_named
+from torchrec_sid.models.build import Ranking, RankingConfig
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.constraints import model_pooling_factors
@@ -147,16 +144,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
     log = _open_log(config, ranks)
     sids = open_item_sids(config, log)
     torch.manual_seed(config.seed)
-    ranking = build_ranking(
-        config.model,
-        log,
-        spec=sids.catalog.spec if sids.catalog else None,
-        pieces=sids.pieces,
-        basis=sids.basis,
-        side_bytes=sids.item_bytes,
-        content=_content(config),
-        device=device,
-    )
+    ranking = build_run(config, log, sids, device)
     parameters = sum(p.numel() for p in ranking.module.parameters())
     candidates = {name for name, table in find_tables(ranking.module).items() if table.pooled}
     factors = model_pooling_factors(ranking.module)
@@ -173,8 +161,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
         feature_lengths=lengths,
         replicas=config.replicas,
     )
-    identity = {"log": log.fingerprint, "seed": str(config.seed)}
-    identity |= {name: catalog.fingerprint for name, catalog in sids.catalogs.items()}
+    identity = {"log": log.fingerprint, "seed": str(config.seed), **sids.fingerprints}
     if sids.pieces is not None:
         identity["pieces"] = sids.pieces.fingerprint
     if config.shuffle_sids:
@@ -193,7 +180,7 @@ def open_session(config: TrainConfig, device: torch.device) -> Session:
             Path(config.output) / "checkpoints",
             asynchronous=config.asynchronous_checkpoints,
             identity=identity,
-            accepts={name: catalog.extends for name, catalog in sids.catalogs.items()},
+            accepts=sids.accepts,
         ),
         checkpoint_every=config.checkpoint_every,
         metadata={
@@ -238,10 +225,3 @@ def mean_history(config: RankingConfig, log: PreparedLog) -> float:
         return 0.0
     batch = BatchConfig(rows, config.history_length, ("history_action",))
     return float(next(iter(BatchReader(log, "train", batch))).history_lengths.double().mean())
-
-
-def _content(config: TrainConfig) -> Tensor | None:
-    if not arm_named(config.model.arm).needs_content:
-        return None
-    matrix = LogFolder.open(config.data).embedding_matrix(config.source)
-    return torch.from_numpy(np.array(matrix))

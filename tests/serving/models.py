@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig
 
-from tests.tables.test_adapters import TableCatalog
+from tests.distributed.tables_model import CATALOG, ITEMS, SPEC
 from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
 from torchrec_sid.models.history import HistoryConfig, TargetAttention
 from torchrec_sid.serving.request import Bags, Request
@@ -21,12 +21,8 @@ from torchrec_sid.tables import (
     train_pieces,
 )
 
-SPEC = SidSpec((8, 8, 5))
 TRITS = SidSpec((3,) * 7)
-DIM, USERS, ITEMS, LONGEST = 8, 20, 60, 6
-CATALOG = TableCatalog(
-    SPEC, {7 * i: int(SPEC.pack(torch.tensor([[i % 8, i // 8, i % 5]]))) for i in range(ITEMS)}
-)
+DIM, USERS, LONGEST = 8, 20, 6
 
 
 def random_codes(spec, count, seed):
