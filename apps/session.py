@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apps.allocator import keep_freed_memory
 from apps.item_sids import build_run, open_item_sids
 from apps.train_config import TrainConfig
 from torchrec_sid.artifact import save_artifact
@@ -122,6 +123,7 @@ def start_processes() -> torch.device:
     os.environ.setdefault("MASTER_PORT", "0")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not torch.cuda.is_available():
+        keep_freed_memory()
         dist.init_process_group("gloo", rank=rank, world_size=world)
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -93,41 +93,46 @@ class TargetAttention(nn.Module):
         Raises:
             SidError: pools without content.
         """
+        if self.gate is not None and content is None:
+            raise SidError("pools", f"{self.config.pools} without content", "Set pools=0.")
         actions = features["history_action"]
-        lengths = actions.lengths()
-        action = actions.values()
-        events = self.action(action) + self.age(features["history_age"].values())
-        parts = [events if content is None else events + content.values()]
-        if self.gate is not None:
-            if content is None:
-                raise SidError("pools", f"{self.config.pools} without content", "Set pools=0.")
-            gated = content.values().unsqueeze(1) * self.gate(action).unsqueeze(2)
-            parts.append(gated.flatten(1))
+        lengths, offsets, action = actions.lengths(), actions.offsets(), actions.values()
         whole = lengths.is_cuda or torch.compiler.is_compiling()
         bound = self.config.max_length if whole else max(1, int(lengths.max()))
-        padded = torch.ops.fbgemm.jagged_to_padded_dense(
-            torch.cat(parts, dim=1), [actions.offsets()], [bound], 0.0
-        )
-        dim = self.config.dim
-        count = lengths.clamp(min=1).to(padded.dtype).unsqueeze(1)
-        attended = self._attend(target, padded[..., :dim], lengths)
-        totals = padded.sum(dim=1)
-        summaries = [attended, totals[:, :dim] / count]
-        if self.gate is not None:
-            summaries.extend((totals[:, dim:] / count.sqrt()).split(dim, dim=1))
-        return torch.stack(summaries, dim=1)
 
-    def _attend(self, target: Tensor, events: Tensor, lengths: Tensor) -> Tensor:
-        batch, bound, dim = events.shape
+        def padded(values: Tensor) -> Tensor:
+            return torch.ops.fbgemm.jagged_to_padded_dense(values, [offsets], [bound], 0.0)
+
+        # One row per pair of action and age: half the gathering of two tables, forward and backward.
+        pairs = (self.action.weight.unsqueeze(1) + self.age.weight).flatten(0, 1)
+        pair = action * self.config.ages + features["history_age"].values()
+        events = padded(torch.nn.functional.embedding(pair, pairs))
+        count = lengths.clamp(min=1).to(events.dtype).view(-1, 1, 1)
+        pools = []
+        if content is not None:
+            vectors = padded(content.values())
+            events = events + vectors
+            if self.gate is not None:
+                gates = padded(self.gate(action)).transpose(1, 2)
+                pools = [(gates @ vectors) / count.sqrt()]
+        mask = (torch.arange(bound, device=lengths.device) < lengths.unsqueeze(1)).unsqueeze(1)
+        weights = torch.cat([self._weights(target, events, mask), mask / count], dim=1)
+        attended, mean = (weights @ events).split([self.config.heads, 1], dim=1)
+        return torch.cat([self._values(attended, lengths), mean, *pools], dim=1)
+
+    def _weights(self, target: Tensor, events: Tensor, mask: Tensor) -> Tensor:
+        """``[B, heads, n]``: softmax over the events of each user."""
+        batch, _, dim = events.shape
         heads, width = self.config.heads, dim // self.config.heads
         query = self.query(target).view(batch, heads, width)
         absorbed = torch.einsum("bhw,hwd->bhd", query, self.key.weight.view(heads, width, dim))
         scores = absorbed @ events.transpose(1, 2) / math.sqrt(width)
-        mask = torch.arange(bound, device=lengths.device) < lengths.unsqueeze(1)
-        scores = scores.masked_fill(~mask.unsqueeze(1), -1e9)
-        weights = scores.softmax(dim=-1) * mask.unsqueeze(1)
-        pooled = weights @ events
-        value = torch.einsum("bhd,hwd->bhw", pooled, self.value.weight.view(heads, width, dim))
+        return scores.masked_fill(~mask, -1e9).softmax(dim=-1) * mask
+
+    def _values(self, pooled: Tensor, lengths: Tensor) -> Tensor:
+        """``[B, heads, D]`` weighted sums of events -> ``[B, 1, D]``."""
+        batch, heads, dim = pooled.shape
+        weight = self.value.weight.view(heads, dim // heads, dim)
+        value = torch.einsum("bhd,hwd->bhw", pooled, weight).reshape(batch, 1, dim)
         # The bias is weighted like the values: an empty history attends to nothing, bias included.
-        present = mask.any(dim=1, keepdim=True).to(value.dtype)
-        return value.reshape(batch, dim) + self.value.bias * present
+        return value + self.value.bias * (lengths > 0).view(-1, 1, 1)
