@@ -97,8 +97,9 @@ def build_run(
     """The unsharded model of a run, over what its arm reads."""
     content = None
     if arm_named(config.model.arm).needs_content:
-        matrix = LogFolder.open(config.data).embedding_matrix(config.source)
-        content = torch.from_numpy(np.array(matrix))
+        folder = LogFolder.open(config.data)
+        names = config.source.split("+") if config.source else [None]
+        content = torch.from_numpy(np.concatenate([folder.embedding_matrix(name) for name in names], 1))
     return build_ranking(
         config.model,
         log,

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from apps.train import train
 from apps.train_config import TrainConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.channels import arm_named
 
@@ -99,7 +100,10 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
     home = output.parent
     with console.status(f"preparing {data}"):
         log = prepare(data, home / "prepared", PrepareConfig())
+    sources = LogFolder.open(data).sources
     table = chosen_rows(TABLES[config.table](log.items), config.rows)
+    if len(sources) == 1:
+        table = replace(table, rows=tuple(row for row in table.rows if not row.every_source))
     learned = {}
     needed = {name for row in table.rows for name in (row.tables, row.side) if name is not None}
     for name in sorted(needed):
@@ -111,7 +115,7 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
         )
         with console.status(f"learning SIDs: {name}"):
             learned[name] = learn_sids(recipe, data, log, home / "sids" / name.replace(" ", "-"))
-    runs = _runs(config, table, learned, log, output)
+    runs = _runs(config, table, learned, log, output, sources)
     _train_all(runs, learned, log, config.jobs, console)
     report = paper_report(
         table, {name: [Path(run.output) for run in mine] for name, mine in runs.items()}, log
@@ -148,6 +152,7 @@ def _runs(
     learned: dict[str, LearnedSids],
     log: PreparedLog,
     output: Path,
+    sources: Sequence[str],
 ) -> dict[str, list[TrainConfig]]:
     """Row name -> its trainings."""
 
@@ -161,7 +166,7 @@ def _runs(
             **sid_options(arm, learned.get(row.tables or ""), learned.get(row.side or "")),
             shuffle_sids=row.shuffled,
             hide_new=row.hide_new,
-            source=config.source,
+            source="+".join(sources) if row.every_source else config.source,
             model=row.model,
             evaluate_on=config.evaluate_on,
             max_steps=config.max_steps,

@@ -24,8 +24,13 @@ TRITS = {5: 25, 10: 50, 16: 80}
 """Bytes of a SIDE SID -> its digits."""
 _PREFIX = SidRecipe(ResidualKMeansConfig((16, 16, 16)))
 _SIDE = SidRecipe(DiscretePcaConfig.trits(25))
+_FUSED = SidRecipe(VqFusionConfig())
 LONG_HISTORIES = (64, 256, 1024, 4096)
 """Events kept, where the length of the history is what varies."""
+
+
+def _fused_trits(digits: int) -> SidRecipe:
+    return SidRecipe(VqFusionConfig(codebooks=(), stages=((digits, 3),)))
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Row:
     """Deal the SIDs out among items at random: a control."""
     hide_new: bool = False
     """Items without a training event have no SID: a control."""
+    every_source: bool = False
+    """Its channel dense reads all embedding sources, side by side; left out where a log has only one."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,9 @@ def side(items: int) -> PaperTable:
         "prefix 2 bytes": _PREFIX,
         "prefix 3 bytes": SidRecipe(ResidualKMeansConfig(shape)),
         "rq_vae 3 bytes": SidRecipe(RqVaeConfig(cardinalities=shape)),
-        "fused 5 bytes": SidRecipe(VqFusionConfig()),
+        "fused 5 bytes": _FUSED,
         **{f"side {size} bytes": SidRecipe(DiscretePcaConfig.trits(n)) for size, n in TRITS.items()},
-        "side fused 5 bytes": SidRecipe(VqFusionConfig(codebooks=(), stages=((25, 3),))),
+        **{f"side fused {size} bytes": _fused_trits(digits) for size, digits in ((2, 10), (5, 25))},
     }
     rows = [Row("full_id", base)]
     for name in ("prefix 2 bytes", "prefix 3 bytes", "rq_vae 3 bytes", "fused 5 bytes"):
@@ -121,9 +128,16 @@ def side(items: int) -> PaperTable:
     for name in sids:
         if name.startswith("side"):
             rows.append(Row(f"+ {name}", replace(base, arm="full_id+side"), side=name))
-    rows.append(Row("+ dense", replace(base, arm="full_id+dense")))
+    dense = replace(base, arm="full_id+dense")
+    rows.append(Row("+ dense", dense))
+    rows.append(Row("+ dense of every source", dense, every_source=True))
     both = replace(base, arm="full_id+hashed_prefix+side")
-    rows.append(Row("+ prefix 2 bytes + side 5 bytes", both, "prefix 2 bytes", "side 5 bytes"))
+    for tables, codes in (
+        ("prefix 2 bytes", "side 5 bytes"),
+        ("prefix 2 bytes", "side fused 5 bytes"),
+        ("fused 5 bytes", "side fused 5 bytes"),
+    ):
+        rows.append(Row(f"+ {tables} + {codes}", both, tables, codes))
     return PaperTable("SIDE: what content adds to a ranker over full ids", tuple(rows), sids)
 
 
@@ -140,19 +154,23 @@ def long_histories(items: int) -> PaperTable:
 
 
 def one_dial(items: int) -> PaperTable:
-    """Table 3, second part: NE against bytes per event, SIDE alone; a combination for comparison."""
-    rows, sids = [], {"prefix": _PREFIX}
-    for digits in (10, 25, 50, 80, 125):
-        name = f"side {digits} trits"
-        sids[name] = SidRecipe(DiscretePcaConfig.trits(digits))
-        rows.append(Row(name, RankingConfig(arm="side"), side=name))
-    model = RankingConfig(arm="hashed_prefix+side", table_rows=items // 4)
-    rows.append(Row("hashed_prefix", replace(model, arm="hashed_prefix"), "prefix"))
-    rows.append(Row("hashed_prefix + side 25 trits", model, "prefix", "side 25 trits"))
+    """Table 3, second part: NE against bytes per event; single schemes, and combinations of two."""
+    sids = {
+        f"side {digits} trits": SidRecipe(DiscretePcaConfig.trits(digits)) for digits in (10, 25, 50, 80)
+    }
+    sids |= {f"side fused {digits} trits": _fused_trits(digits) for digits in (10, 25, 50)}
+    rows = [Row(name, RankingConfig(arm="side"), side=name) for name in sids]
+    sids["prefix"] = _PREFIX
+    model = RankingConfig(arm="hashed_prefix", table_rows=items // 4)
+    fused = "side fused 25 trits"
+    rows.append(Row("hashed_prefix", model, "prefix"))
+    rows.append(Row(f"hashed_prefix + {fused}", replace(model, arm="hashed_prefix+side"), "prefix", fused))
     rows.append(Row("random_hash", replace(model, arm="random_hash")))
+    rows.append(Row(f"random_hash + {fused}", replace(model, arm="random_hash+side"), side=fused))
     rows.append(Row("full_id", replace(model, arm="full_id")))
-    rows.append(Row("full_id + side 25 trits", replace(model, arm="full_id+side"), side="side 25 trits"))
+    rows.append(Row(f"full_id + {fused}", replace(model, arm="full_id+side"), side=fused))
     rows.append(Row("dense", replace(model, arm="dense")))
+    rows.append(Row("dense of every source", replace(model, arm="dense"), every_source=True))
     return PaperTable("NE against bytes per event", tuple(rows), sids)
 
 
@@ -161,10 +179,7 @@ def new_items(items: int) -> PaperTable:
 
     The models are the same, and so are the results on items of the training period.
     """
-    sids = {
-        "prefix": _PREFIX,
-        "side": _SIDE,
-    }
+    sids = {"prefix": _PREFIX, "side": _fused_trits(25)}
     rows = [Row("full_id", RankingConfig(arm="full_id"))]
     for arm, tables, codes in (
         ("hashed_prefix", "prefix", None),
@@ -183,10 +198,7 @@ def transformer(items: int) -> PaperTable:
     base = RankingConfig(
         arm="full_id", table_rows=items // 4, encoder_layers=2, interaction="dcn", history_length=64
     )
-    sids = {
-        "prefix": _PREFIX,
-        "side": _SIDE,
-    }
+    sids = {"prefix": _PREFIX, "side": _fused_trits(25)}
     rows = [
         Row(
             arm,

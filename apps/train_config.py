@@ -32,7 +32,8 @@ class TrainConfig:
     """Items without a training event have no SID: a control for what appending them to a catalog is worth.
     Tables see the unknown item, SIDE the middle code of every level."""
     source: str | None = None
-    """Embedding source of the arms over content; default: the log's own default."""
+    """Embedding source of the arms over content, or several joined by +, side by side; default: the log's
+    own default."""
     model: RankingConfig = field(default_factory=RankingConfig)
     """Backbone and arm."""
     tables: TableOptimizer = field(default_factory=lambda: TableOptimizer("adagrad", lr=0.02))
