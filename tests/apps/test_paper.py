@@ -51,7 +51,7 @@ def test_the_tables_at_equal_rows_differ_in_nothing_but_the_arm() -> None:
 def test_only_the_chosen_rows_and_their_references_are_trained() -> None:
     table = TABLES["2"](4000)
     names = [row.name for row in chosen_rows(table, ("dense", "rq_vae")).rows]
-    assert names == ["full_id", "+ rq_vae 3 bytes", "+ dense"]
+    assert names == ["full_id", "+ rq_vae 3 bytes", "+ dense", "+ dense of every source"]
     with pytest.raises(SidError, match="'nope'.*full_id"):
         chosen_rows(table, ("nope",))
     with pytest.raises(SidError, match="Name each row once"):
