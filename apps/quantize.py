@@ -91,6 +91,8 @@ class QuantizeConfig:
     """Export the catalog to OUTPUT/sids.parquet too."""
     report: bool = True
     """Write plots and HTML; quality.json is always written."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the quantizer lives; of several processes, each takes the card of its local rank."""
     seed: int = 0
     """Seed of the choice of held-out items; the quantizer has its own."""
     residual_kmeans: ResidualKMeansConfig = field(default_factory=ResidualKMeansConfig)
@@ -105,6 +107,10 @@ class QuantizeConfig:
             raise SidError("last_digit", str(self.last_digit), "Choose 0, or 2 and more.")
         if self.checkpoint_every < 0:
             raise SidError("checkpoint_every", str(self.checkpoint_every), "Choose 0 or more steps.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise SidError(
+                "device", "cuda, but no card is to be seen", "Choose cpu, or install CUDA's torch."
+            )
 
 
 class Quantization(NamedTuple):
@@ -216,7 +222,7 @@ def fitting_processes() -> Iterator[dist.ProcessGroup | None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
-    dist.init_process_group("gloo")  # the quantizers of this app live on the CPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield dist.group.WORLD
         dist.barrier()
@@ -261,24 +267,31 @@ def _fit(
     progress: bool,
     group: dist.ProcessGroup | None,
 ) -> Quantizer:
+    device = _device(config)
     options: dict[str, Any] = {"progress": progress, "group": group}
     if config.checkpoint_every:
         options |= {"checkpoint": _checkpoint(config), "checkpoint_every": config.checkpoint_every}
     if config.quantizer == "vq_fusion":
         settings = config.sources, config.categories, config.separator, config.vq_fusion
-        return fit_fusion(folder, *settings, rows, Path(config.output), options).eval()
+        return fit_fusion(folder, *settings, rows, Path(config.output), options, device).eval()
     stream = item_stream(folder, rows)
     if config.quantizer == "rq_vae":
-        vae = RqVae(stream.dim, config.rq_vae)
+        vae = RqVae(stream.dim, config.rq_vae, device=device)
         vae.fit(stream, **options)
         return vae.eval()
     quantizer = (
-        DiscretePca(stream.dim, config.discrete_pca)
+        DiscretePca(stream.dim, config.discrete_pca, device=device)
         if config.quantizer == "discrete_pca"
-        else ResidualKMeans(stream.dim, config.residual_kmeans)
+        else ResidualKMeans(stream.dim, config.residual_kmeans, device=device)
     )
     quantizer.fit(stream, progress=progress)
     return quantizer.eval()
+
+
+def _device(config: QuantizeConfig) -> torch.device:
+    if config.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _create(config: QuantizeConfig, content: Content, mark: str, path: Path, progress: bool) -> SidCatalog:
@@ -294,7 +307,7 @@ def _create(config: QuantizeConfig, content: Content, mark: str, path: Path, pro
 
 def _append(config: QuantizeConfig, folder: LogFolder, progress: bool) -> _Made:
     home = Path(str(config.append_to))
-    quantizer = load_quantizer(home / "quantizer.safetensors")
+    quantizer = load_quantizer(home / "quantizer.safetensors").to(_device(config))
     content = Content(folder, quantizer, home)
     catalog = SidCatalog.open(home / "catalog")
     new = ~catalog.contains(folder.item_ids).numpy()

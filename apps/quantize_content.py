@@ -118,10 +118,11 @@ def fit_fusion(
     rows: Array,
     output: Path,
     options: Mapping[str, Any],
+    device: torch.device | None = None,
 ) -> VqFusion:
     """Fuse the chosen sources; the first process writes what the classes stand for to OUTPUT/classes.json.
 
-    ``options`` are more arguments of :meth:`VqFusion.fit`.
+    ``options`` are more arguments of :meth:`VqFusion.fit`, ``device`` is where the quantizer lives.
 
     Raises:
         SidError: an unknown source or column, or one name for both.
@@ -134,7 +135,7 @@ def fit_fusion(
     classes = Classes(names, separator)
     sources = {name: EmbeddingSource(folder.source(name).file.dim) for name in embeddings}
     labels = {column: CategorySource(len(values)) for column, values in names.items()}
-    fusion = VqFusion({**sources, **labels}, config)
+    fusion = VqFusion({**sources, **labels}, config, device=device)
     chosen = fusion_rows(folder, embeddings, classes, rows)
     fusion.fit(chosen.data, present=chosen.present, **options)
     group = options.get("group")

@@ -253,6 +253,12 @@ def test_bad_options_are_named(fields: dict[str, float]) -> None:
         QuantizeConfig("data", **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the card is there")
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(SidError, match="device: cuda"):
+        QuantizeConfig("data", device="cuda")
+
+
 def test_the_command_line(config: QuantizeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "--data",
