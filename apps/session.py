@@ -100,7 +100,9 @@ class Session:
             parts.append(torch.sigmoid(output.logits[output.weights > 0]).cpu())
 
         on_batch = keep if self.config.predictions else None
-        slices = self.loop.evaluate(self.read(split), self.batch_size, self.ranks.size, on_batch)
+        slices = self.loop.evaluate(
+            self.read(split), self.batch_size, self.ranks.size, on_batch, self.ranking.task_names
+        )
         if self.config.predictions:
             save_artifact(
                 Path(self.config.output) / f"predictions-rank-{self.ranks.rank}.safetensors",

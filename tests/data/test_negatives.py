@@ -50,6 +50,7 @@ def test_come_from_the_window_and_share_all_but_the_item(tmp_path: Path) -> None
         assert groups[row["item_id"] - 100] <= ("train", "valid", "test").index(row["split"])
         for name in ("user", "ts", "split", "history", *log.dense_names):
             assert row[name] == positive[name]
+        assert (row["action"], positive["action"]) == (0, 1)
     assert len(log.store.item) == len(positives), "a negative must never be history"
     assert log.manifest["sampled_negatives"]
 

@@ -210,6 +210,18 @@ def test_fields_choose_keys_values_and_bytes(log: PreparedLog) -> None:
         assert batch.history_bytes.equal(torch.from_numpy(BYTES)[history])
 
 
+def test_further_labels_say_whether_the_action_was_at_least_that(tmp_path: Path) -> None:
+    events = random_events(300)
+    events["rating"] = np.random.default_rng(0).integers(0, 6, 300).tolist()
+    log = prepare(write_log(tmp_path / "log", events), tmp_path / "out", PrepareConfig(block_rows=8))
+    config = BatchConfig(batch_size=512, tasks=(1, 5))
+    (batch,) = BatchReader(log, "test", config)
+    rows = read_examples(log, "test")
+    found = batch.labels[batch.weights > 0]
+    assert found.tolist() == [[r["label"], r["action"] >= 1, r["action"] >= 5] for r in rows]
+    assert [r["action"] for r in rows] == [events["rating"][r["event"]] for r in rows]
+
+
 def test_history_length_keeps_the_latest(log: PreparedLog) -> None:
     rows = [r for r in all_examples(log) if r["split"] == "test"]
     for length in (1, 4, None):

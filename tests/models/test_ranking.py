@@ -10,7 +10,7 @@ from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, Ranking, RankingConfig, build_ranking
 from torchrec_sid.models.channels import ARMS, CHANNELS, arm_named
-from torchrec_sid.models.dlrm import HistoryDLRM, Standardise
+from torchrec_sid.models.dlrm import Standardise
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
@@ -141,14 +141,13 @@ def test_an_event_sees_only_those_before_it(parts: dict) -> None:
 
 
 def test_every_task_has_its_own_logit_and_the_loss_is_their_mean(parts: dict) -> None:
-    ranking = _ranking(parts, arm="full_id")
-    one = ranking.module.model
-    model = HistoryDLRM(dict(one.channels), 3, 8, tasks=3)
+    ranking = _ranking(parts, arm="full_id", tasks=(1,))
+    assert ranking.task_names == ("action >= 1",)
+    assert ranking.batch_config(6, 4).tasks == (1,)
     batch = _batch()
-    batch.labels = torch.stack([batch.labels, 1 - batch.labels, batch.labels], dim=1)
-    train = type(ranking.module)(model)
-    loss, output = train(batch)
-    assert output.logits.shape == (6, 3)
+    batch.labels = torch.stack([batch.labels, 1 - batch.labels], dim=1)
+    loss, output = ranking.module(batch)
+    assert output.logits.shape == (6, 2)
     each = torch.nn.functional.binary_cross_entropy_with_logits(
         output.logits, batch.labels, reduction="none"
     )
@@ -193,6 +192,8 @@ def test_unknown_arm_and_missing_inputs_are_named(parts: dict) -> None:
         given = {"spec": SPEC} if arm == "sentencepiece" else {}
         with pytest.raises(SidError, match=missing):
             build_ranking(replace(CONFIG, arm=arm), SIZES, **given)
+    with pytest.raises(SidError, match=r"tasks: 99, but actions are 0\.\."):
+        build_ranking(replace(CONFIG, arm="none", tasks=(99,)), SIZES)
     with pytest.raises(SidError, match="dot or dcn"):
         RankingConfig(interaction="sum")
 

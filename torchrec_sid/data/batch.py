@@ -33,9 +33,12 @@ class BatchConfig:
     """The most recent events kept of each history; None keeps all."""
     fields: tuple[str, ...] = ("item", "history")
     """Keys of the KeyedJaggedTensor, in this order, and any of :data:`BYTE_FIELDS`."""
+    tasks: tuple[int, ...] = ()
+    """Further labels: for each action a here, whether the user's action was at least a."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", tuple(self.fields))
+        object.__setattr__(self, "tasks", tuple(self.tasks))
         if self.batch_size < 1:
             raise SidError("batch_size", f"{self.batch_size}", "A batch has at least one row.")
         if self.history_length is not None and self.history_length < 1:
@@ -66,7 +69,7 @@ class RankingBatch(Pipelineable):
     features: KeyedJaggedTensor
     """int64 values, contiguous; histories oldest to newest."""
     labels: Tensor
-    """``[B]`` float32, 0 or 1."""
+    """``[B]`` float32, 0 or 1; ``[B, 1 + T]`` with T further tasks."""
     weights: Tensor
     """``[B]`` float32, 1, or 0 for padding."""
     segment: Tensor

@@ -19,6 +19,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("item", pa.int32()),
         ("ts", pa.int64()),
         ("label", pa.int8()),
+        ("action", pa.int8()),
         ("hist_begin", pa.int64()),
         ("hist_end", pa.int64()),
         ("segment", pa.int8()),

@@ -205,7 +205,7 @@ def past_of(events: Array, store: StoreWriter, positives_only: bool) -> Array:
     last = np.where(given, events["last"], last)
 
     examples = np.zeros(n, EXAMPLE)
-    for name in ("user", "ts", "item", "label", "split"):
+    for name in ("user", "ts", "item", "label", "action", "split"):
         examples[name] = events[name]
     examples["event"] = events["row"]
     examples["hist_begin"] = np.where(given, events["begin"], before[first])

@@ -37,6 +37,7 @@ EXAMPLE = np.dtype(
         ("item", "<i4"),
         ("dense", "<f4", (3,)),
         ("label", "i1"),
+        ("action", "i1"),
         ("split", "i1"),
         ("segment", "i1"),
     ]

@@ -242,7 +242,7 @@ class _Preparation:
             drawn = sampler.draw(begin, examples["event"])
             begin += len(examples)
             negatives = examples[drawn.positive]
-            negatives["item"], negatives["label"] = drawn.item, 0
+            negatives["item"], negatives["label"], negatives["action"] = drawn.item, 0, 0
             order = np.argsort(np.append(np.arange(len(examples)), drawn.positive), kind="stable")
             yield np.concatenate([examples, negatives])[order]
 

@@ -19,7 +19,7 @@ from torchrec_sid.errors import ArtifactError, SidError
 __all__ = ["LAYOUT_VERSION", "MANIFEST", "SEGMENTS", "PreparedLog"]
 
 MANIFEST = "manifest.json"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
 @dataclass(frozen=True)

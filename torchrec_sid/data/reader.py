@@ -139,6 +139,7 @@ class _BatchSource(Dataset[Any]):
         self.item_sids = _per_item(item_sids, log, "item_sids", config, ("item_sid", "history_sid"), 1)
         self.sid_bytes = _per_item(sid_bytes, log, "sid_bytes", config, ("item_bytes", "history_bytes"), 2)
         self.columns = ["item", "ts", "label", "hist_begin", "hist_end", "segment", *log.dense_names]
+        self.columns += ["action"] if config.tasks else []
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -168,7 +169,7 @@ class _BatchSource(Dataset[Any]):
         lengths = end - begin
         out = {
             "dense": torch.from_numpy(_pad(dense, size)),
-            "labels": torch.from_numpy(_pad(rows["label"].astype(np.float32), size)),
+            "labels": torch.from_numpy(_pad(self._labels(rows), size)),
             "weights": torch.from_numpy(_pad(np.ones(len(rows["label"]), np.float32), size)),
             "segment": torch.from_numpy(_pad(rows["segment"].astype(np.int64), size, -1)),
             "history_lengths": torch.from_numpy(lengths),
@@ -188,6 +189,13 @@ class _BatchSource(Dataset[Any]):
                 if name in self.config.fields:
                     out[name] = torch.from_numpy(np.ascontiguousarray(self.sid_bytes[index]))
         return out
+
+    def _labels(self, rows: dict[str, Array]) -> Array:
+        label: Array = rows["label"].astype(np.float32)
+        if not self.config.tasks:
+            return label
+        further = [(rows["action"] >= action).astype(np.float32) for action in self.config.tasks]
+        return np.stack([label, *further], axis=1)
 
     def _values(self, name: str, item: Array, events: Array, at: Array, ts: Array, lengths: Array) -> Array:
         """int64 values of one KJT key."""

@@ -28,7 +28,7 @@ class RankingConfig:
     """The backbone and how items reach it.
 
     Raises:
-        SidError: an unknown interaction.
+        SidError: an unknown interaction, a negative size, a task twice.
     """
 
     arm: str = "hashed_prefix"
@@ -60,10 +60,15 @@ class RankingConfig:
     """Cross layers of dcn."""
     cross_rank: int = 32
     """Rank of the cross layers of dcn."""
+    tasks: tuple[int, ...] = ()
+    """Further labels, each with a head of its own: for an action a, whether the user's action is at least a
+    (5: five stars)."""
 
     def __post_init__(self) -> None:
         if self.interaction not in ("dot", "dcn"):
             raise SidError("RankingConfig.interaction", repr(self.interaction), "Choose dot or dcn.")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise SidError("RankingConfig.tasks", f"{self.tasks}", "Name each action once.")
         if self.history_length < 0 or self.encoder_layers < 0:
             raise SidError("RankingConfig", f"{self}", "history_length and encoder_layers are 0 or more.")
 
@@ -104,10 +109,17 @@ class Ranking:
     """What the arm was built on."""
     fields: tuple[str, ...]
     """Batch fields that it reads."""
+    tasks: tuple[int, ...] = ()
+    """Actions of its further labels."""
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """What its further heads predict."""
+        return tuple(f"action >= {action}" for action in self.tasks)
 
     def batch_config(self, batch_size: int, history_length: int) -> BatchConfig:
         """How to read batches of ``batch_size`` rows per rank for it."""
-        return BatchConfig(batch_size, max(1, history_length), self.fields)
+        return BatchConfig(batch_size, max(1, history_length), self.fields, self.tasks)
 
 
 def build_ranking(
@@ -134,10 +146,15 @@ def build_ranking(
         device: where it is built.
 
     Raises:
-        SidError: an unknown channel, or one whose spec, pieces, basis or content is missing.
+        SidError: an unknown channel, or one whose spec, pieces, basis or content is missing; a task that is
+            no action of the log.
     """
     arm = arm_named(config.arm)
     sizes = log if isinstance(log, LogSizes) else LogSizes.of(log)
+    for action in config.tasks:
+        if not 0 < action < sizes.actions:
+            found = f"{action}, but actions are 0..{sizes.actions - 1}"
+            raise SidError("RankingConfig.tasks", found, "Choose actions that are in the log.")
     inputs = ItemInputs(
         items=sizes.items,
         dim=config.dim,
@@ -159,6 +176,7 @@ def build_ranking(
         interaction=config.interaction,
         cross_layers=config.cross_layers,
         cross_rank=config.cross_rank,
+        tasks=1 + len(config.tasks),
         dense_statistics=sizes.dense_statistics,
         device=device,
     )
@@ -166,7 +184,7 @@ def build_ranking(
     if not config.history_length:
         # A batch carries some feature, even where the model reads none.
         fields = [name for name in fields if not name.startswith("history")] or ["item"]
-    return Ranking(HistoryDLRMTrain(model), arm, inputs, tuple(fields))
+    return Ranking(HistoryDLRMTrain(model), arm, inputs, tuple(fields), tuple(config.tasks))
 
 
 class _Channels(NamedTuple):

@@ -22,9 +22,9 @@ class RankingOutput(NamedTuple):
     loss: Tensor
     """Scalar, detached."""
     logits: Tensor
-    """``[B]``, detached."""
+    """``[B]``, detached; ``[B, T]`` for T > 1 tasks."""
     labels: Tensor
-    """``[B]``."""
+    """As the logits."""
     weights: Tensor
     """``[B]``, 0 for padding."""
     segment: Tensor

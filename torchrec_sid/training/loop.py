@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,8 +16,9 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_sid.data.batch import RankingBatch
+from torchrec_sid.data.prepared import SEGMENTS
 from torchrec_sid.errors import SidError
-from torchrec_sid.metrics import SlicedMetrics, SliceMetrics
+from torchrec_sid.metrics import SLICES, SlicedMetrics, SliceMetrics
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
@@ -191,14 +192,16 @@ class TrainingLoop:
         batch_size: int,
         world_size: int,
         on_batch: Callable[[RankingOutput], None] | None = None,
+        tasks: Sequence[str] = (),
     ) -> dict[str, SliceMetrics]:
-        """Metrics by slice over ``batches``, the same on every rank.
+        """Metrics by slice over ``batches``, the same on every rank; of further tasks over all rows.
 
         Args:
             batches: this rank's part of the evaluation.
             batch_size: rows per rank and batch.
             world_size: number of ranks.
             on_batch: called with what the model says of each batch.
+            tasks: names of the model's heads after the first.
 
         Raises:
             SidError: a rank has fewer batches than another, on every rank: some rows would not count.
@@ -212,19 +215,21 @@ class TrainingLoop:
             )
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         rows = len(batches) * batch_size * world_size
-        metrics = SlicedMetrics(rows, batch_size, rank, world_size, device=self.device)
+        slices: list[Mapping[str, tuple[str, ...]]] = [SLICES, *({name: SEGMENTS} for name in tasks)]
+        heads = [SlicedMetrics(rows, batch_size, rank, world_size, s, self.device) for s in slices]
         self.model.eval()
         with torch.no_grad():
             for output in self._progress(batches):
                 if on_batch is not None:
                     on_batch(output)
-                metrics.update(
-                    predictions=torch.sigmoid(output.logits.double()),
-                    labels=output.labels,
-                    weights=output.weights,
-                    segment=output.segment,
-                )
-        return metrics.compute()
+                for head, logits, labels in zip(heads, *_by_task(output), strict=True):
+                    head.update(
+                        predictions=torch.sigmoid(logits.double()),
+                        labels=labels,
+                        weights=output.weights,
+                        segment=output.segment,
+                    )
+        return {name: metrics for head in heads for name, metrics in head.compute().items()}
 
     def _metrics(self) -> dict[str, float]:
         """What a checkpoint says of the training: the last loss of rank 0."""
@@ -272,6 +277,12 @@ class _Waits:
             finally:
                 self.seconds += time.perf_counter() - started
             yield item
+
+
+def _by_task(output: RankingOutput) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    if output.logits.dim() == 1:
+        return [output.logits], [output.labels]
+    return output.logits.unbind(1), output.labels.unbind(1)
 
 
 def _world_size() -> int:
