@@ -50,6 +50,8 @@ class LongHistoryConfig:
     """File for the results."""
     history: int = 4096
     """Events of each history; 256 with --quick."""
+    items: int = 5_000
+    """Items of the log."""
     batch_size: int = 32
     """Examples per step."""
     trits: int = 25
@@ -126,7 +128,7 @@ class World:
         # 80% of the events train; from _FULL_FROM of those on, users have `history` events before them.
         per_user = 2 * config.history
         synthetic = SyntheticConfig(
-            items=5_000,
+            items=config.items,
             users=users,
             events=users * per_user,
             sources=("content",),
