@@ -120,7 +120,9 @@ def side(items: int) -> PaperTable:
         "rq_vae 3 bytes": SidRecipe(RqVaeConfig(cardinalities=shape)),
         "fused 5 bytes": _FUSED,
         **{f"side {size} bytes": SidRecipe(DiscretePcaConfig.trits(n)) for size, n in TRITS.items()},
-        **{f"side fused {size} bytes": _fused_trits(digits) for size, digits in ((2, 10), (5, 25))},
+        "side fused 1 byte": _fused_trits(5),
+        "side fused 2 bytes": _fused_trits(10),
+        "side fused 5 bytes": _fused_trits(25),
     }
     rows = [Row("full_id", base)]
     for name in ("prefix 2 bytes", "prefix 3 bytes", "rq_vae 3 bytes", "fused 5 bytes"):
