@@ -33,6 +33,8 @@ _COLUMNS = (
     ("look-ups", "lookups_per_item", "{:.2f}"),
     ("bytes/event", "bytes_per_event", "{:,}"),
     ("table MB", "table_mb", "{:.2f}"),
+    ("added MB", "added_mb", "{:+.2f}"),
+    ("gain % per MB", "gain_per_mb", "{:.2f}"),
     ("seed diff", "prediction_difference", "{:.4f}"),
     ("examples/s", "examples_per_second", "{:,.0f}"),
     ("train s", "train_seconds", "{:.0f}"),
@@ -50,6 +52,8 @@ def paper_report(table: PaperTable, runs: Mapping[str, Sequence[Path]], log: Pre
     Returns:
         ``title``, ``x_axis``, ``negatives`` and ``rows``, each with the columns of the printed table. A
         gain is the mean over seeds of ``1 - NE / NE of the reference with the same seed``, in percent.
+        ``added_mb`` is what the row holds beyond its reference: bytes per event times the events of all
+        histories, and the rows of its tables, in 10^6 bytes.
         ``prediction_difference`` is the mean over examples of ``|p - q|`` for two trainings that differ
         by seed only, over all pairs.
     """
@@ -60,14 +64,18 @@ def paper_report(table: PaperTable, runs: Mapping[str, Sequence[Path]], log: Pre
     rows = []
     for row in table.rows:
         mine, reference = metrics[row.name], metrics[row.against or table.rows[0].name]
+        gain, costs = _gain(mine, reference), _costs(mine, row.model.dim, log)
+        added = costs["footprint_mb"] - _costs(reference, row.model.dim, log)["footprint_mb"]
         rows.append(
             {
                 "name": row.name,
                 "arm": row.model.arm,
                 "against": row.against or table.rows[0].name,
                 **_slices(mine),
-                **_gain(mine, reference),
-                **_costs(mine, row.model.dim),
+                **gain,
+                **costs,
+                "added_mb": added,
+                "gain_per_mb": gain["gain"] / added if gain["gain"] is not None and added > 0 else None,
                 "prediction_difference": _difference(runs[row.name]),
                 "runs": [str(run) for run in runs[row.name]],
             }
@@ -129,12 +137,14 @@ def _gain(mine: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, An
     return found
 
 
-def _costs(runs: Sequence[Mapping[str, Any]], dim: int) -> dict[str, Any]:
+def _costs(runs: Sequence[Mapping[str, Any]], dim: int, log: PreparedLog) -> dict[str, Any]:
     first = runs[0]
+    table_mb = first["table_rows"] * dim * 4 / 1e6
     return {
         "bytes_per_event": first["bytes_per_event"],
         "table_rows": first["table_rows"],
-        "table_mb": first["table_rows"] * dim * 4 / 1e6,
+        "table_mb": table_mb,
+        "footprint_mb": table_mb + first["bytes_per_event"] * log.manifest["history_events"] / 1e6,
         "lookups_per_item": first["lookups_per_item"],
         "trained_parameters": first["trained_parameters"],
         "examples_per_second": statistics.fmean(run["examples_per_second"] for run in runs),

@@ -15,6 +15,7 @@ from apps.paper_report import paper_table
 from apps.recipes import TABLES, PaperTable, Row
 from tests.logs import small_log
 from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import arm_named
@@ -112,6 +113,10 @@ def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeyp
         / 2
     )
     assert side["bytes_per_event"] == 8 + 1 and side["table_rows"] == 2000
+    events = PreparedLog.open(tmp_path / "prepared").manifest["history_events"]
+    assert side["added_mb"] == pytest.approx((9 * events + 2000 * 16 * 4) / 1e6)
+    assert side["gain_per_mb"] == pytest.approx(side["gain"] / side["added_mb"])
+    assert none["added_mb"] == 0 and none["gain_per_mb"] is None
     assert side["prediction_difference"] > 0
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == report
     assert "+ side" in (tmp_path / "out" / "table.md").read_text()
