@@ -29,7 +29,7 @@ from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import ARMS, arm_named
-from torchrec_sid.quantizers import DiscretePcaConfig, ResidualKMeansConfig
+from torchrec_sid.quantizers import ResidualKMeansConfig, VqFusionConfig
 from torchrec_sid.tables.pieces import PieceTrainerConfig
 
 
@@ -55,8 +55,8 @@ class CompareConfig:
     """The log made where no data is given."""
     quantizer: ResidualKMeansConfig = field(default_factory=lambda: ResidualKMeansConfig((16, 16, 16)))
     """What learns the SIDs of tables."""
-    side: DiscretePcaConfig = field(default_factory=lambda: DiscretePcaConfig.trits(25))
-    """What learns the SIDs that the channel side computes with."""
+    side: VqFusionConfig = field(default_factory=lambda: VqFusionConfig(codebooks=(), stages=((25, 3),)))
+    """What learns the SIDs that the channel side computes with, from all embedding sources of the log."""
     model: RankingConfig = field(default_factory=RankingConfig)
     """Backbone; its arm is ignored."""
     batch_size: int = 512
@@ -126,7 +126,8 @@ def _learn_sids(
         recipe = SidRecipe(config.quantizer, config.source, pieces=pieces if needed else None)
         learned["tables"] = learn_sids(recipe, data, log, output / "tables")
     if any(arm.needs_side for arm in arms):
-        learned["side"] = learn_sids(SidRecipe(config.side, config.source), data, log, output / "side")
+        sources = (config.source,) if config.source else ()
+        learned["side"] = learn_sids(SidRecipe(config.side, sources=sources), data, log, output / "side")
     return learned
 
 

@@ -19,26 +19,20 @@ from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.models.channels import Arm
 from torchrec_sid.quantizers import (
-    DiscretePca,
-    DiscretePcaConfig,
+    EmbeddingQuantizerConfig,
     Quantizer,
-    ResidualKMeans,
-    ResidualKMeansConfig,
-    RqVae,
-    RqVaeConfig,
     VqFusionConfig,
+    make_quantizer,
 )
 from torchrec_sid.quantizers.impressions import sample_impressed
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
-
-QuantizerConfig = ResidualKMeansConfig | DiscretePcaConfig | RqVaeConfig | VqFusionConfig
 
 
 @dataclass(frozen=True)
 class SidRecipe:
     """How to learn one catalog."""
 
-    quantizer: QuantizerConfig
+    quantizer: EmbeddingQuantizerConfig | VqFusionConfig
     """What learns the SIDs."""
     source: str | None = None
     """Embedding source; default: the log's own. Fusion takes ``sources``."""
@@ -115,7 +109,7 @@ def _learn(recipe: SidRecipe, data: Path, log: PreparedLog, output: Path) -> Non
         quantizer, codes = _fuse(recipe, folder, seen, output)
     else:
         matrix = torch.from_numpy(np.array(folder.embedding_matrix(recipe.source))).float()
-        quantizer = _make(matrix.shape[1], recipe.quantizer)
+        quantizer = make_quantizer(matrix.shape[1], recipe.quantizer)
         sample = matrix[seen]
         if recipe.impressed:
             sample = sample_impressed(matrix, impressions, seed=recipe.quantizer.seed)
@@ -142,12 +136,3 @@ def _fuse(recipe: SidRecipe, folder: LogFolder, seen: Tensor, output: Path) -> t
     everything = np.ones(len(seen), bool)
     write_json(output / "sources.json", content.sources(everything, 1))
     return fusion, torch.cat([content.view.encode(batch) for batch in content.stream(everything)])
-
-
-def _make(dim: int, config: QuantizerConfig) -> Quantizer:
-    if isinstance(config, ResidualKMeansConfig):
-        return ResidualKMeans(dim, config)
-    if isinstance(config, DiscretePcaConfig):
-        return DiscretePca(dim, config)
-    assert isinstance(config, RqVaeConfig)
-    return RqVae(dim, config)

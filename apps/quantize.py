@@ -37,15 +37,14 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
 from torchrec_sid.quality import QualityReport, measure_quality
 from torchrec_sid.quantizers import (
-    DiscretePca,
     DiscretePcaConfig,
     Quantizer,
-    ResidualKMeans,
     ResidualKMeansConfig,
     RqVae,
     RqVaeConfig,
     VqFusionConfig,
     load_quantizer,
+    make_quantizer,
 )
 from torchrec_sid.seeding import derived_generator
 
@@ -275,16 +274,11 @@ def _fit(
         settings = config.sources, config.categories, config.separator, config.vq_fusion
         return fit_fusion(folder, *settings, rows, Path(config.output), options, device).eval()
     stream = item_stream(folder, rows)
-    if config.quantizer == "rq_vae":
-        vae = RqVae(stream.dim, config.rq_vae, device=device)
-        vae.fit(stream, **options)
-        return vae.eval()
-    quantizer = (
-        DiscretePca(stream.dim, config.discrete_pca, device=device)
-        if config.quantizer == "discrete_pca"
-        else ResidualKMeans(stream.dim, config.residual_kmeans, device=device)
-    )
-    quantizer.fit(stream, progress=progress)
+    quantizer = make_quantizer(stream.dim, getattr(config, config.quantizer), device=device)
+    if isinstance(quantizer, RqVae):
+        quantizer.fit(stream, **options)
+    else:
+        quantizer.fit(stream, progress=progress)
     return quantizer.eval()
 
 

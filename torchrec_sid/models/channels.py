@@ -264,7 +264,7 @@ class Arm:
         return any(channel.stores == kind for channel in self.channels)
 
 
-ARMS = ("none", "random_hash", "full_id", "dense", "hashed_prefix")
+ARMS = ("none", "random_hash", "full_id", "dense", "hashed_prefix", "full_id+side")
 """The arms that a comparison has by default."""
 
 

@@ -6,6 +6,7 @@ from torchrec_sid.quantizers.fusion_report import CategoryReport, EmbeddingRepor
 from torchrec_sid.quantizers.fusion_sources import CategorySource, EmbeddingSource
 from torchrec_sid.quantizers.interface import FitReport, Quantized, Quantizer
 from torchrec_sid.quantizers.load import load_quantizer
+from torchrec_sid.quantizers.make import EmbeddingQuantizerConfig, make_quantizer
 from torchrec_sid.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from torchrec_sid.quantizers.rq_vae import RqVae, RqVaeConfig
 from torchrec_sid.quantizers.usage import CollapseError
@@ -17,6 +18,7 @@ __all__ = [
     "CollapseError",
     "DiscretePca",
     "DiscretePcaConfig",
+    "EmbeddingQuantizerConfig",
     "EmbeddingReport",
     "EmbeddingSource",
     "FitReport",
@@ -29,4 +31,5 @@ __all__ = [
     "VqFusion",
     "VqFusionConfig",
     "load_quantizer",
+    "make_quantizer",
 ]
