@@ -123,6 +123,7 @@ def side(items: int) -> PaperTable:
         "side fused 1 byte": _fused_trits(5),
         "side fused 2 bytes": _fused_trits(10),
         "side fused 5 bytes": _fused_trits(25),
+        "side fused 10 bytes": _fused_trits(50),
     }
     rows = [Row("full_id", base)]
     for name in ("prefix 2 bytes", "prefix 3 bytes", "rq_vae 3 bytes", "fused 5 bytes"):
