@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Let glibc's malloc hold on to freed blocks of up to 1 GiB; elsewhere, do nothing.
 
     By default it returns every large tensor to the kernel, which maps and clears it again in the next
-    step: a third of the time of a step. The price is that the process stays at its peak.
+    step: a tenth to a third of the time of a step. The price is that the process stays at its peak.
     """
     if sys.platform != "linux":
         return
