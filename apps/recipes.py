@@ -126,8 +126,11 @@ def side(items: int) -> PaperTable:
         "side fused 10 bytes": _fused_trits(50),
     }
     rows = [Row("full_id", base)]
+    prefixes = replace(base, arm="full_id+hashed_prefix")
     for name in ("prefix 2 bytes", "prefix 3 bytes", "rq_vae 3 bytes", "fused 5 bytes"):
-        rows.append(Row(f"+ {name}", replace(base, arm="full_id+hashed_prefix"), tables=name))
+        rows.append(Row(f"+ {name}", prefixes, tables=name))
+    # The same SIDs as a row of SIDE, through tables: what the SIDs are worth, and what SIDE is.
+    rows.append(Row("+ prefixes of side fused 1 byte", prefixes, tables="side fused 1 byte"))
     for name in sids:
         if name.startswith("side"):
             rows.append(Row(f"+ {name}", replace(base, arm="full_id+side"), side=name))
