@@ -50,7 +50,7 @@ def paper_report(table: PaperTable, runs: Mapping[str, Sequence[Path]], log: Pre
         log: prepared; its sampling of negatives is stated.
 
     Returns:
-        ``title``, ``x_axis``, ``negatives`` and ``rows``, each with the columns of the printed table. A
+        ``title``, ``cost``, ``negatives`` and ``rows``, each with the columns of the printed table. A
         gain is the mean over seeds of ``1 - NE / NE of the reference with the same seed``, in percent.
         ``added_mb`` is what the row holds beyond its reference: bytes per event times the events of all
         histories, and the rows of its tables, in 10^6 bytes.
@@ -82,7 +82,7 @@ def paper_report(table: PaperTable, runs: Mapping[str, Sequence[Path]], log: Pre
         )
     return {
         "title": table.title,
-        "x_axis": table.x_axis,
+        "cost": table.cost,
         "negatives": log.manifest.get("negatives"),
         "rows": rows,
     }
@@ -113,7 +113,7 @@ def write_paper(report: Mapping[str, Any], output: Path) -> None:
     lines = [[heading for heading, _, _ in _COLUMNS], rule, *map(_cells, report["rows"])]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write_atomically(output / "table.md", lambda path: path.write_text(text))
-    plot_gains(report["rows"], report["x_axis"], output / "plot.png")
+    plot_gains(report["rows"], report["cost"], output / "plot.png")
 
 
 def _slices(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

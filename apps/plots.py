@@ -57,21 +57,26 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_gains(rows: Sequence[Mapping[str, Any]], x_axis: str, path: Path) -> None:
-    """NE of each row of a paper's table, overall and cold, against what it costs."""
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+def plot_gains(rows: Sequence[Mapping[str, Any]], cost: str, path: Path) -> None:
+    """NE of each row of a paper's table, overall and cold, with its spread over seeds; its cost in the label.
+
+    Args:
+        rows: of :func:`apps.paper_report.paper_report`.
+        cost: key of what a row costs, e.g. ``bytes_per_event``.
+        path: PNG to write.
+    """
+    size = (11, 1.2 + 0.3 * len(rows))
+    figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    places = range(len(rows), 0, -1)
     for axes, key, title in zip(panels, ("ne", "ne_cold"), ("all examples", "cold items"), strict=True):
-        for row in rows:
-            if row[key] is None:
-                continue
-            axes.errorbar(row[x_axis], row[key], yerr=row[f"{key}_std"] or 0.0, fmt="o", ms=5, lw=1)
-            axes.annotate(
-                row["name"], (row[x_axis], row[key]), xytext=(5, 3), textcoords="offset points", fontsize=7
-            )
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlabel(x_axis.replace("_", " "))
-        axes.set_ylabel("normalized entropy (lower is better)")
+        for place, row in zip(places, rows, strict=True):
+            if row[key] is not None:
+                axes.errorbar(row[key], place, xerr=row[f"{key}_std"] or 0.0, fmt="o", ms=5, lw=1.5)
+        axes.set_xlabel("normalized entropy (lower is better)")
         axes.set_title(title)
-        axes.margins(x=0.15)
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(axis="y", lw=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(places, [f"{row['name']} ({row[cost]:,.0f})" for row in rows], fontsize=8)
+    figure.suptitle(f"in brackets: {cost.replace('_', ' ')}", fontsize=8, x=0.01, ha="left")
     _save(figure, path)

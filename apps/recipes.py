@@ -63,8 +63,8 @@ class PaperTable:
     rows: tuple[Row, ...]
     sids: Mapping[str, SidRecipe] = field(default_factory=dict)
     """By name."""
-    x_axis: str = "bytes_per_event"
-    """What the plot is drawn over: bytes_per_event, table_rows, train_seconds."""
+    cost: str = "bytes_per_event"
+    """What the plot names beside each row: bytes_per_event, table_rows, train_seconds."""
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -106,7 +106,7 @@ def generalization(items: int) -> PaperTable:
         "Better Generalization with Semantic IDs: equal rows, filled in different ways",
         tuple(rows),
         {"prefix": _PREFIX, **vocabularies},
-        x_axis="table_rows",
+        cost="table_rows",
     )
 
 
@@ -156,7 +156,7 @@ def long_histories(items: int) -> PaperTable:
             codes = "side 5 bytes" if arm == "side" else None
             rows.append(Row(f"{arm} {length}", model, side=codes, against=f"{arm} {LONG_HISTORIES[0]}"))
     sids = {"side 5 bytes": _SIDE}
-    return PaperTable("NE against the length of the history", tuple(rows), sids, x_axis="train_seconds")
+    return PaperTable("NE against the length of the history", tuple(rows), sids, cost="train_seconds")
 
 
 def one_dial(items: int) -> PaperTable:
