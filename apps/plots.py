@@ -58,7 +58,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def plot_gains(rows: Sequence[Mapping[str, Any]], cost: str, path: Path) -> None:
-    """NE of each row of a paper's table, overall and cold, with its spread over seeds; its cost in the label.
+    """NE of each row of a table, overall and cold, with its spread over seeds; its cost beside its name.
 
     Args:
         rows: of :func:`apps.paper_report.paper_report`.
