@@ -24,7 +24,6 @@ TRITS = {5: 25, 10: 50, 16: 80}
 """Bytes of a SIDE SID -> its digits."""
 _PREFIX = SidRecipe(ResidualKMeansConfig((16, 16, 16)))
 _SIDE = SidRecipe(DiscretePcaConfig.trits(25))
-_FUSED = SidRecipe(VqFusionConfig())
 LONG_HISTORIES = (64, 256, 1024, 4096)
 """Events kept, where the length of the history is what varies."""
 
@@ -118,7 +117,7 @@ def side(items: int) -> PaperTable:
         "prefix 2 bytes": _PREFIX,
         "prefix 3 bytes": SidRecipe(ResidualKMeansConfig(shape)),
         "rq_vae 3 bytes": SidRecipe(RqVaeConfig(cardinalities=shape)),
-        "fused 5 bytes": _FUSED,
+        "fused 5 bytes": SidRecipe(VqFusionConfig()),
         **{f"side {size} bytes": SidRecipe(DiscretePcaConfig.trits(n)) for size, n in TRITS.items()},
         "side fused 1 byte": _fused_trits(5),
         "side fused 2 bytes": _fused_trits(10),
