@@ -61,19 +61,20 @@ def paper_report(table: PaperTable, runs: Mapping[str, Sequence[Path]], log: Pre
         name: [json.loads((run / "metrics.json").read_text()) for run in mine]
         for name, mine in runs.items()
     }
+    costs = {row.name: _costs(metrics[row.name], row.model.dim, log) for row in table.rows}
     rows = []
     for row in table.rows:
-        mine, reference = metrics[row.name], metrics[row.against or table.rows[0].name]
-        gain, costs = _gain(mine, reference), _costs(mine, row.model.dim, log)
-        added = costs["footprint_mb"] - _costs(reference, row.model.dim, log)["footprint_mb"]
+        mine, against = metrics[row.name], row.against or table.rows[0].name
+        gain = _gain(mine, metrics[against])
+        added = costs[row.name]["footprint_mb"] - costs[against]["footprint_mb"]
         rows.append(
             {
                 "name": row.name,
                 "arm": row.model.arm,
-                "against": row.against or table.rows[0].name,
+                "against": against,
                 **_slices(mine),
                 **gain,
-                **costs,
+                **costs[row.name],
                 "added_mb": added,
                 "gain_per_mb": gain["gain"] / added if gain["gain"] is not None and added > 0 else None,
                 "prediction_difference": _difference(runs[row.name]),
