@@ -81,7 +81,13 @@ class DecodedAttention(nn.Module):
         self.attention, self.layout = attention, basis.layout
 
     def forward(
-        self, candidates: Tensor, history_bytes: Tensor, lengths: Tensor, actions: Tensor, ages: Tensor
+        self,
+        candidates: Tensor,
+        history_bytes: Tensor,
+        lengths: Tensor,
+        actions: Tensor,
+        ages: Tensor,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Arguments and result as of ``CodeSpaceAttention``; no history may be empty."""
         own, heads = self.attention, self.attention.config.num_heads
@@ -98,6 +104,10 @@ class DecodedAttention(nn.Module):
         place = torch.arange(longest)
         mask = place < lengths.unsqueeze(1)
         at = (offsets.unsqueeze(1) + place).clamp_max(len(x) - 1)
+        added = None if bool(mask.all()) else torch.where(mask[:, None, None], 0.0, -torch.inf)
+        if bias is not None:
+            per_head = bias[at].permute(0, 2, 1).unsqueeze(2)
+            added = per_head if added is None else added + per_head
 
         def split(values: Tensor) -> Tensor:
             return values.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -106,7 +116,7 @@ class DecodedAttention(nn.Module):
             split(own.query(candidates)),
             split(own.key(x)[at]),
             split(own.value(x)[at]),
-            None if bool(mask.all()) else mask[:, None, None],
+            added,
         )
         return own.output(attended.transpose(1, 2).flatten(-2))
 

@@ -29,39 +29,47 @@ def _features(lengths: list[int], generator: torch.Generator) -> KeyedJaggedTens
 def _reference(
     module: TargetAttention, target: torch.Tensor, content: torch.Tensor, features: KeyedJaggedTensor
 ) -> torch.Tensor:
-    """One user at a time, keys and values projected per event."""
+    """One user and one window at a time, keys and values projected per event."""
     lengths = features["history_action"].lengths().tolist()
     actions = features["history_action"].values().split(lengths)
     ages = features["history_age"].values().split(lengths)
+    heads = (CONFIG.heads, CONFIG.dim // CONFIG.heads)
     rows = []
-    for user, vectors in enumerate(content.split(lengths)):
-        events = vectors + module.action(actions[user]) + module.age(ages[user])
-        count = max(1, len(events))
-        heads = (CONFIG.heads, CONFIG.dim // CONFIG.heads)
+    for user, all_vectors in enumerate(content.split(lengths)):
+        all_events = all_vectors + module.action(actions[user]) + module.age(ages[user])
         query = module.query(target[user]).view(heads[0], 1, heads[1])
-        key = module.key(events).view(-1, *heads).transpose(0, 1)
-        value = module.value(events).view(-1, *heads).transpose(0, 1)
-        attended = (
-            scaled_dot_product_attention(query, key, value).flatten()
-            if len(events)
-            else torch.zeros(CONFIG.dim)
-        )
-        gates = module.gate(actions[user])
-        pools = [(gates[:, p : p + 1] * vectors).sum(0) / count**0.5 for p in range(CONFIG.pools)]
-        rows.append(torch.stack([attended, events.sum(0) / count, *pools]))
+        attended, means, pools = [], [], []
+        for window in module.config.windows:
+            events, vectors = all_events[-window:], all_vectors[-window:]
+            count = max(1, len(events))
+            key = module.key(events).view(-1, *heads).transpose(0, 1)
+            value = module.value(events).view(-1, *heads).transpose(0, 1)
+            if len(events):
+                attended.append(scaled_dot_product_attention(query, key, value).flatten())
+            else:
+                attended.append(torch.zeros(CONFIG.dim))
+            means.append(events.sum(0) / count)
+            gates = module.gate(actions[user][-window:])
+            pools += [(gates[:, p : p + 1] * vectors).sum(0) / count**0.5 for p in range(CONFIG.pools)]
+        rows.append(torch.stack([*attended, *means, *pools]))
     return torch.stack(rows)
 
 
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 1000))
-def test_attention_equals_projecting_every_event(lengths: list[int], seed: int) -> None:
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    st.sampled_from([1, 3, 6, 64]),
+    st.integers(0, 1000),
+)
+def test_attention_equals_projecting_every_event(lengths: list[int], recent: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    module = TargetAttention(CONFIG)
+    module = TargetAttention(replace(CONFIG, recent=recent))
     features = _features(lengths, generator)
     content = torch.randn(sum(lengths), CONFIG.dim, generator=generator)
     target = torch.randn(len(lengths), CONFIG.dim, generator=generator)
     jagged = JaggedTensor(content, lengths=torch.tensor(lengths))
     found = module(target, jagged, features)
+    assert found.shape == (len(lengths), module.summaries, CONFIG.dim)
     torch.testing.assert_close(found, _reference(module, target, content, features), rtol=1e-4, atol=1e-5)
 
 
@@ -86,7 +94,9 @@ def test_every_size_changes_the_module() -> None:
         assert changed or other.config.heads != base.config.heads
 
 
-@pytest.mark.parametrize("bad", [{"dim": 0}, {"dim": 10, "heads": 4}, {"pools": -1}, {"max_length": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"dim": 0}, {"dim": 10, "heads": 4}, {"pools": -1}, {"max_length": 0}, {"recent": 0}]
+)
 def test_sizes_that_make_no_sense_are_refused(bad: dict) -> None:
     with pytest.raises(SidError):
         HistoryConfig(**bad)

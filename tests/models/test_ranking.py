@@ -93,6 +93,32 @@ def test_every_arm_learns_a_batch_by_heart(arm: str, layers: int, parts: dict) -
     _learns_by_heart(_ranking(parts, arm=arm, encoder_layers=layers))
 
 
+@pytest.mark.parametrize("arm", ["none", "side", "dense+full_id"])
+def test_long_histories_learn_a_batch_by_heart(arm: str, parts: dict) -> None:
+    _learns_by_heart(_ranking(parts, arm=arm, recent=2))
+
+
+def test_recent_summaries_of_side_are_those_of_a_history_cut_short(parts: dict) -> None:
+    batch, cut = _batch(), 2
+    channel = _ranking(parts, arm="side", recent=cut).module.model.channels["side"]
+    whole = channel(batch.features, batch.item_bytes, batch.history_bytes)
+    lengths = batch.history_lengths
+    kept = torch.cat([torch.arange(int(n)) >= n - cut for n in lengths])
+    names = ["history_action", "history_age"]
+    short = KeyedJaggedTensor(
+        keys=names,
+        values=torch.cat([batch.features[name].values()[kept] for name in names]),
+        lengths=lengths.clamp_max(cut).repeat(2),
+    )
+    found = channel(short, batch.item_bytes, batch.history_bytes[kept])
+    half = found.numbers.shape[1] // 2
+    torch.testing.assert_close(found.numbers[:, :half], whole.numbers[:, half:])
+    # Candidate; attended recent, all; means recent, all; two pools recent, two of all.
+    recent_pools = [3, 5, 6]
+    torch.testing.assert_close(found.fields[:, recent_pools], whole.fields[:, recent_pools])
+    assert not torch.equal(found.fields[:, 4], whole.fields[:, 4])
+
+
 @pytest.mark.parametrize("arm", ["full_id", "sentencepiece+side"])
 def test_cross_layers_learn_a_batch_by_heart(arm: str, parts: dict) -> None:
     _learns_by_heart(_ranking(parts, arm=arm, interaction="dcn", cross_layers=2, cross_rank=4))

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_sid.data.batch import HISTORY_AGES
 from torchrec_sid.models.embedder import Embedder
 from torchrec_sid.models.encoder import HistoryEncoder
-from torchrec_sid.models.history import TargetAttention
+from torchrec_sid.models.history import HistoryConfig, TargetAttention
 from torchrec_sid.side.attention import CodeSpaceAttention, CodeSpaceAttentionConfig
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
+from torchrec_sid.side.pools import HistoryPools
 from torchrec_sid.side.similarity import SimilarityFeatures
-from torchrec_sid.side.terms import EventTermsConfig
+from torchrec_sid.side.terms import EventTermsConfig, events_from_newest
 
 
 class ChannelOutput(NamedTuple):
@@ -96,17 +96,18 @@ class EmbeddedChannel(ItemChannel):
 
 
 class SideChannel(ItemChannel):
-    """SIDE: the candidate as a linear map of its digits, its history attended in code space.
+    """SIDE: the candidate as a linear map of its digits, its history summarised in code space.
 
-    No table and no event vector: a :class:`~torchrec_sid.side.attention.CodeSpaceAttention` reads the
-    packed SIDs, and parameter-free similarity features compare the candidate with what the user liked.
+    No table and no event vector: a :class:`~torchrec_sid.side.attention.CodeSpaceAttention` and
+    :class:`~torchrec_sid.side.pools.HistoryPools` read the packed SIDs, and parameter-free similarity
+    features compare the candidate with what the user liked. Each window of recent events
+    (:class:`~torchrec_sid.models.history.HistoryConfig`) has summaries of its own.
 
     Args:
         basis: the frozen decoder of the SIDs.
         dim: D, width of each field.
-        heads: of the attention; divides ``dim``.
+        history: how the history is summarised; None: only the candidate is embedded.
         action_values: ``[actions]`` how much an action speaks for an item, within -1 .. 1.
-        history: read the history; without it only the candidate is embedded.
         calibration: ``[n, nbytes]`` uint8 SIDs that occur, by which features are centred and scaled.
         device: of the parameters.
     """
@@ -117,47 +118,63 @@ class SideChannel(ItemChannel):
         self,
         basis: FrozenBasis,
         dim: int,
-        heads: int,
+        history: HistoryConfig | None,
         action_values: Tensor,
         *,
-        history: bool = True,
         calibration: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__(fields=1)
         self.features = side_features(basis, calibration, device)
         self.projection = nn.Linear(self.features.dim, dim, device=device)
-        self.attention: CodeSpaceAttention | None = None
-        self.similarity: SimilarityFeatures | None = None
+        self.history = history
         self.register_buffer("action_values", action_values.float().to(self.features.table.device))
-        if not history:
+        if history is None:
             return
+        windows = len(history.windows)
         self.attention = CodeSpaceAttention(
             basis,
             CodeSpaceAttentionConfig(
                 query_dim=dim,
-                num_heads=heads,
-                head_dim=dim // heads,
-                terms=EventTermsConfig(num_actions=len(action_values), age_buckets=HISTORY_AGES),
+                num_heads=windows * history.heads,
+                head_dim=dim // history.heads,
+                output_dim=windows * dim,
+                terms=EventTermsConfig(num_actions=history.actions, age_buckets=history.ages),
             ),
             device=device,
         )
+        self.pools = HistoryPools(
+            self.features.dim, dim, history.actions, history.ages, history.pools, history.windows, device
+        )
         self.similarity = SimilarityFeatures(basis, device=device)
-        self.fields, self.numbers = 2, len(self.similarity.names)
+        self.fields = 1 + windows + self.pools.summaries
+        self.numbers = windows * len(self.similarity.names)
 
     def forward(
         self, features: KeyedJaggedTensor, item_bytes: Tensor, history_bytes: Tensor
     ) -> ChannelOutput:
-        """``[B, 2, D]``: candidate and attended history; ``[B, k]`` similarity features."""
+        """``[B, 1 + windows (2 + pools), D]``: the candidate first; ``[B, k]`` similarity features."""
         target = self.projection(self.features(item_bytes)).unsqueeze(1)
-        if self.attention is None or self.similarity is None:
+        history = self.history
+        if history is None:
             return ChannelOutput(target)
         action = features["history_action"]
         actions, lengths = action.values(), action.lengths()
         ages = features["history_age"].values()
-        attended = self.attention(target, history_bytes, lengths, actions=actions, ages=ages)
-        numbers = self.similarity(item_bytes, history_bytes, lengths, self.action_values[actions])
-        return ChannelOutput(torch.cat([target, attended], dim=1), numbers)
+        labels = self.action_values[actions]
+        numbers = [self.similarity(item_bytes, history_bytes, lengths, labels)]
+        hidden = None
+        if len(history.windows) > 1:
+            old = events_from_newest(lengths, len(actions)) >= history.recent
+            # The first half of the heads sees recent events only.
+            hidden = torch.zeros(len(actions), 2 * history.heads, device=old.device)
+            hidden[:, : history.heads].masked_fill_(old.unsqueeze(1), -torch.inf)
+            recent = lengths.clamp_max(history.recent)
+            numbers.append(self.similarity(item_bytes, history_bytes[~old], recent, labels[~old]))
+        attended = self.attention(target, history_bytes, lengths, actions=actions, ages=ages, bias=hidden)
+        attended = attended.unflatten(2, (len(history.windows), -1)).flatten(1, 2)
+        pooled = self.pools(self.features, history_bytes, lengths, actions, ages)
+        return ChannelOutput(torch.cat([target, attended, pooled], dim=1), torch.cat(numbers, dim=1))
 
 
 def side_features(

@@ -41,6 +41,8 @@ class RankingConfig:
     """Action-gated sums of the history."""
     history_length: int = 64
     """Most recent events kept; 0: the model reads no history."""
+    recent: int = 64
+    """Where more are kept, these most recent ones have summaries of their own."""
     encoder_layers: int = 0
     """Layers of causal self-attention over the history before the candidate attends to it; 0: a DLRM, more:
     a transformer ranker, in which all channels share one stream of events."""
@@ -214,18 +216,22 @@ class _Channels(NamedTuple):
         channels["stream"] = EmbeddedChannel(SumOfEmbedders(parts), self.attention(), self.encoder())
         return channels
 
-    def attention(self, pools: int | None = None) -> TargetAttention | None:
+    def history(self, pools: int | None = None) -> HistoryConfig | None:
         config = self.config
         if not config.history_length:
             return None
-        history = HistoryConfig(
+        return HistoryConfig(
             dim=config.dim,
             heads=config.heads,
             actions=self.sizes.actions,
             pools=config.pools if pools is None else pools,
             max_length=config.history_length,
+            recent=config.recent,
         )
-        return TargetAttention(history, device=self.inputs.device)
+
+    def attention(self, pools: int | None = None) -> TargetAttention | None:
+        history = self.history(pools)
+        return None if history is None else TargetAttention(history, device=self.inputs.device)
 
     def encoder(self) -> HistoryEncoder | None:
         config = self.config
@@ -246,9 +252,8 @@ class _Channels(NamedTuple):
         return SideChannel(
             self.inputs.require_basis(),
             self.config.dim,
-            self.config.heads,
+            self.history(),
             torch.ones(self.sizes.actions) if values is None else values,
-            history=self.config.history_length > 0,
             calibration=self.side_bytes,
             device=self.inputs.device,
         )

@@ -33,12 +33,20 @@ class HistoryConfig:
     """Query-free sums of event vectors, each weighted by a learned scalar per action."""
     max_length: int = 64
     """Events per user that the batch holds at most."""
+    recent: int = 64
+    """Where the batch holds more, there are summaries of these most recent events beside those of all."""
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.heads, self.actions, self.ages, self.max_length) < 1 or self.pools < 0:
+        sizes = (self.dim, self.heads, self.actions, self.ages, self.max_length, self.recent)
+        if min(sizes) < 1 or self.pools < 0:
             raise SidError("HistoryConfig", f"{self}", "Sizes must be positive.")
         if self.dim % self.heads:
             raise SidError("HistoryConfig", f"{self.heads} heads, dim {self.dim}", "Let heads divide dim.")
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Most recent events that each group of summaries sees, ascending."""
+        return (*((self.recent,) if self.recent < self.max_length else ()), self.max_length)
 
 
 class TargetAttention(nn.Module):
@@ -51,7 +59,8 @@ class TargetAttention(nn.Module):
 
     which equals multi-head attention with keys ``W_k e`` and values ``W_v e``. The pools add
     ``sum_i gate[a_i, p] content_i / sqrt(n)``: with a positive gate for liked and a negative one for
-    disliked events their product with the candidate is an item-to-item model.
+    disliked events their product with the candidate is an item-to-item model. Every window of recent events
+    has these summaries, with the same parameters: in a long one recent events are few among many.
 
     Args:
         config: sizes.
@@ -76,7 +85,7 @@ class TargetAttention(nn.Module):
     @property
     def summaries(self) -> int:
         """Number of ``[B, D]`` summaries that :meth:`forward` returns."""
-        return 2 + self.config.pools
+        return len(self.config.windows) * (2 + self.config.pools)
 
     def forward(self, target: Tensor, content: JaggedTensor | None, features: KeyedJaggedTensor) -> Tensor:
         """Summarise each user's history.
@@ -88,7 +97,7 @@ class TargetAttention(nn.Module):
             features: holds ``history_action`` and ``history_age``, int64, one value per event.
 
         Returns:
-            ``[B, 2 + pools, D]``: attended, mean of events, gated pools.
+            ``[B, windows (2 + pools), D]``: attended, mean of events, gated pools, each for every window.
 
         Raises:
             SidError: pools without content.
@@ -107,32 +116,41 @@ class TargetAttention(nn.Module):
         pairs = (self.action.weight.unsqueeze(1) + self.age.weight).flatten(0, 1)
         pair = action * self.config.ages + features["history_age"].values()
         events = padded(torch.nn.functional.embedding(pair, pairs))
-        count = lengths.clamp(min=1).to(events.dtype).view(-1, 1, 1)
+        seen = self._seen(lengths, bound)
+        count = seen.sum(dim=2, keepdim=True).clamp(min=1).to(events.dtype)
         pools = []
         if content is not None:
             vectors = padded(content.values())
             events = events + vectors
             if self.gate is not None:
                 gates = padded(self.gate(action)).transpose(1, 2)
-                pools = [(gates @ vectors) / count.sqrt()]
-        mask = (torch.arange(bound, device=lengths.device) < lengths.unsqueeze(1)).unsqueeze(1)
-        weights = torch.cat([self._weights(target, events, mask), mask / count], dim=1)
-        attended, mean = (weights @ events).split([self.config.heads, 1], dim=1)
+                gated = (gates.unsqueeze(1) * seen.unsqueeze(2)).flatten(1, 2) @ vectors
+                pools = [gated / count.sqrt().repeat_interleave(self.config.pools, dim=1)]
+        weights = self._weights(target, events, seen)
+        sizes = [weights.shape[1], seen.shape[1]]
+        attended, mean = (torch.cat([weights, seen / count], dim=1) @ events).split(sizes, dim=1)
         return torch.cat([self._values(attended, lengths), mean, *pools], dim=1)
 
-    def _weights(self, target: Tensor, events: Tensor, mask: Tensor) -> Tensor:
-        """``[B, heads, n]``: softmax over the events of each user."""
+    def _seen(self, lengths: Tensor, bound: int) -> Tensor:
+        """``[B, windows, bound]`` bool: whether a window of a user holds the event."""
+        # 1 for a user's newest event, 0 and less for padding.
+        rank = lengths.unsqueeze(1) - torch.arange(bound, device=lengths.device)
+        return torch.stack([(rank > 0) & (rank <= window) for window in self.config.windows], dim=1)
+
+    def _weights(self, target: Tensor, events: Tensor, seen: Tensor) -> Tensor:
+        """``[B, windows heads, n]``: softmax over the events of each user that a window sees."""
         batch, _, dim = events.shape
         heads, width = self.config.heads, dim // self.config.heads
         query = self.query(target).view(batch, heads, width)
         absorbed = torch.einsum("bhw,hwd->bhd", query, self.key.weight.view(heads, width, dim))
         scores = absorbed @ events.transpose(1, 2) / math.sqrt(width)
-        return scores.masked_fill(~mask, -1e9).softmax(dim=-1) * mask
+        seen = seen.unsqueeze(2)
+        return (scores.unsqueeze(1).masked_fill(~seen, -1e9).softmax(dim=-1) * seen).flatten(1, 2)
 
     def _values(self, pooled: Tensor, lengths: Tensor) -> Tensor:
-        """``[B, heads, D]`` weighted sums of events -> ``[B, 1, D]``."""
-        batch, heads, dim = pooled.shape
+        """``[B, windows heads, D]`` weighted sums of events -> ``[B, windows, D]``."""
+        dim, heads = pooled.shape[2], self.config.heads
         weight = self.value.weight.view(heads, dim // heads, dim)
-        value = torch.einsum("bhd,hwd->bhw", pooled, weight).reshape(batch, 1, dim)
+        value = torch.einsum("bnhd,hwd->bnhw", pooled.unflatten(1, (-1, heads)), weight).flatten(2)
         # The bias is weighted like the values: an empty history attends to nothing, bias included.
         return value + self.value.bias * (lengths > 0).view(-1, 1, 1)

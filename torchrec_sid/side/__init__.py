@@ -4,6 +4,7 @@ from torchrec_sid.side.attention import CodeSpaceAttention, CodeSpaceAttentionCo
 from torchrec_sid.side.basis import FrozenBasis, as_bytes
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
 from torchrec_sid.side.history import HistoryBatch, HistoryStore
+from torchrec_sid.side.pools import HistoryPools
 from torchrec_sid.side.similarity import SimilarityConfig, SimilarityFeatures
 from torchrec_sid.side.terms import EventTerms, EventTermsConfig
 
@@ -14,6 +15,7 @@ __all__ = [
     "EventTermsConfig",
     "FrozenBasis",
     "HistoryBatch",
+    "HistoryPools",
     "HistoryStore",
     "SideFeatures",
     "SideFeaturesConfig",

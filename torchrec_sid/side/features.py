@@ -179,6 +179,22 @@ class SideFeatures(nn.Module):
         total = phi.new_zeros(count, self.dim).index_add(0, bags, phi)
         return total if mode == "sum" else total / lengths.clamp_min(1).unsqueeze(1)
 
+    def group_sum(self, sids: Tensor, groups: Tensor, count: int) -> Tensor:
+        """Sum the features of each group of SIDs -> ``[count, dim]``, without a row per SID.
+
+        Args:
+            sids: ``[E, ...]`` as in :meth:`forward`.
+            groups: ``[E]`` int64 within ``0 .. count - 1``, in any order.
+            count: number of groups; an empty one gives zeros.
+        """
+        symbols = self._symbols(sids) + self._starts
+        order = torch.argsort(groups, stable=True)
+        sizes = torch.zeros(count, dtype=torch.int32, device=groups.device).index_add(
+            0, groups, torch.full_like(groups, symbols.shape[1], dtype=torch.int32)
+        )
+        offsets = (sizes.cumsum(0) - sizes).to(torch.int32)
+        return nn.functional.embedding_bag(symbols[order].flatten(), self.table, offsets, mode="sum")
+
     def _symbols(self, sids: Tensor) -> Tensor:
         """``[N, S]`` int32: the bytes of each SID, or its codes where a level needs more than a byte."""
         data = as_bytes(self.spec, sids)

@@ -142,7 +142,7 @@ class EventTerms(nn.Module):
                 bucket = torch.bucketize(ages.to(torch.float32), self.boundaries, right=True)
                 columns.append(bucket.to(torch.uint8))
         if config.position_buckets:
-            distance = _distance(lengths, events)
+            distance = events_from_newest(lengths, events)
             bucket = (torch.log2(distance.clamp_min(1).to(torch.float64)) + 1e-9).to(torch.int64) + 1
             bucket = torch.where(distance > 0, bucket, 0).clamp_max(config.position_buckets - 1)
             columns.append(bucket.to(torch.uint8))
@@ -160,7 +160,7 @@ class EventTerms(nn.Module):
         """The ALiBi term ``[E, heads]`` float32, if it is on."""
         if not self.config.alibi:
             return None
-        return -_distance(lengths, events).to(torch.float32).unsqueeze(1) * self.slopes
+        return -events_from_newest(lengths, events).to(torch.float32).unsqueeze(1) * self.slopes
 
 
 def _present(name: str, values: Tensor | None, wanted: bool, events: int) -> bool:
@@ -187,8 +187,8 @@ def _numbers(name: str, values: Tensor, size: int) -> Tensor:
     return torch.where(values < 0, _INVALID, values.clamp(max=_INVALID)).to(torch.uint8)
 
 
-def _distance(lengths: Tensor, events: int) -> Tensor:
-    """``[E]`` int64: events between each event and the newest of its history (the last)."""
+def events_from_newest(lengths: Tensor, events: int) -> Tensor:
+    """``[E]`` int64: how many events of its history came after each event; 0 for the last."""
     ends = lengths.cumsum(0) - 1
     return torch.repeat_interleave(ends, lengths, output_size=events) - torch.arange(
         events, device=lengths.device
