@@ -138,6 +138,8 @@ def side(items: int) -> PaperTable:
     both = replace(base, arm="full_id+hashed_prefix+side")
     for tables, codes in (
         ("prefix 2 bytes", "side 5 bytes"),
+        ("prefix 2 bytes", "side 16 bytes"),
+        ("prefix 2 bytes", "side fused 1 byte"),
         ("prefix 2 bytes", "side fused 5 bytes"),
         ("fused 5 bytes", "side fused 5 bytes"),
     ):
