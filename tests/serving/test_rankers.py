@@ -43,7 +43,7 @@ def make_request(ranking):
 @pytest.mark.parametrize(
     ("arm", "changes", "precision"),
     [
-        ("hashed_prefix+sentencepiece+side", {"interaction": "dcn"}, "int8"),
+        ("hashed_prefix+sentencepiece+side", {"interaction": "dcn", "recent": 2}, "int8"),
         ("hashed_prefix+dense", {"encoder_layers": 1}, "float"),
     ],
 )

@@ -165,12 +165,13 @@ class SideChannel(ItemChannel):
         numbers = [self.similarity(item_bytes, history_bytes, lengths, labels)]
         hidden = None
         if len(history.windows) > 1:
-            old = events_from_newest(lengths, len(actions)) >= history.recent
+            old = events_from_newest(lengths, actions.shape[0]) >= history.recent
             # The first half of the heads sees recent events only.
-            hidden = torch.zeros(len(actions), 2 * history.heads, device=old.device)
+            hidden = torch.zeros(actions.shape[0], 2 * history.heads, device=old.device)
             hidden[:, : history.heads].masked_fill_(old.unsqueeze(1), -torch.inf)
             recent = lengths.clamp_max(history.recent)
-            numbers.append(self.similarity(item_bytes, history_bytes[~old], recent, labels[~old]))
+            kept = (~old).nonzero().squeeze(1)  # its size is data: a GPU waits for it once
+            numbers.append(self.similarity(item_bytes, history_bytes[kept], recent, labels[kept]))
         attended = self.attention(target, history_bytes, lengths, actions=actions, ages=ages, bias=hidden)
         attended = attended.unflatten(2, (len(history.windows), -1)).flatten(1, 2)
         pooled = self.pools(self.features, history_bytes, lengths, actions, ages)

@@ -78,7 +78,7 @@ class HistoryPools(nn.Module):
         slot = torch.repeat_interleave(rows, lengths, output_size=history_bytes.shape[0]) * slots
         if slots > 1:
             edges = torch.tensor(self.windows[:-1], device=lengths.device)
-            slot = slot + torch.bucketize(events_from_newest(lengths, len(slot)), edges, right=True)
+            slot = slot + torch.bucketize(events_from_newest(lengths, slot.shape[0]), edges, right=True)
         by_action = slot * values + actions
         sums = features.group_sum(history_bytes, by_action, users * slots * values)
         # Slots are disjoint, windows nested.
