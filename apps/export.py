@@ -31,6 +31,7 @@ from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.models.build import Ranking
+from torchrec_sid.models.dlrm import by_task
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.serving.export import ExportOptions, ExportReport, Program, export_model
 from torchrec_sid.serving.quantized import Precision
@@ -195,7 +196,7 @@ def _requests(trained: TrainedRun, rows: int) -> tuple[list[Request], Tensor]:
     requests, labels, taken = [], [], 0
     for batch in trained.batches:
         requests.append(to_request(batch))
-        labels.append(_first_task(batch.labels)[batch.weights > 0])
+        labels.append(by_task(batch.labels)[0][batch.weights > 0])
         taken += requests[-1].rows
         if taken >= rows:
             break
@@ -271,17 +272,13 @@ def _row(
     }
 
 
-def _first_task(values: Tensor) -> Tensor:
-    return values if values.dim() == 1 else values[:, 0]
-
-
 def normalized_entropy(logits: Tensor, labels: Tensor) -> float | None:
     """Cross-entropy over the entropy of the base rate; None where there is a single label."""
     rate = float(labels.double().mean())
     if rate in (0.0, 1.0):
         return None
     entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
-    logits = _first_task(logits).double()
+    logits = by_task(logits)[0].double()
     loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.double())
     return float(loss) / entropy
 

@@ -31,6 +31,11 @@ class RankingOutput(NamedTuple):
     """``[B]`` int64."""
 
 
+def by_task(values: Tensor) -> tuple[Tensor, ...]:
+    """Logits or labels, ``[B]`` or ``[B, T]`` -> ``[B]`` of each task, the log's label first."""
+    return (values,) if values.dim() == 1 else values.unbind(1)
+
+
 class HistoryDLRM(nn.Module):
     """Dense features, a candidate item and a history of items, through any channels -> logits.
 

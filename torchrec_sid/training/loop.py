@@ -19,7 +19,7 @@ from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.data.prepared import SEGMENTS
 from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SLICES, SlicedMetrics, SliceMetrics
-from torchrec_sid.models.dlrm import RankingOutput
+from torchrec_sid.models.dlrm import RankingOutput, by_task
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
 from torchrec_sid.training.progress import TrainingProgress
@@ -222,7 +222,9 @@ class TrainingLoop:
             for output in self._progress(batches):
                 if on_batch is not None:
                     on_batch(output)
-                for head, logits, labels in zip(heads, *_by_task(output), strict=True):
+                for head, logits, labels in zip(
+                    heads, by_task(output.logits), by_task(output.labels), strict=True
+                ):
                     head.update(
                         predictions=torch.sigmoid(logits.double()),
                         labels=labels,
@@ -277,12 +279,6 @@ class _Waits:
             finally:
                 self.seconds += time.perf_counter() - started
             yield item
-
-
-def _by_task(output: RankingOutput) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    if output.logits.dim() == 1:
-        return [output.logits], [output.labels]
-    return output.logits.unbind(1), output.labels.unbind(1)
 
 
 def _world_size() -> int:
