@@ -32,12 +32,13 @@ from apps.rundir import git_commit, set_up_logging
 from apps.runs import claim_run
 from apps.session import start_processes
 from apps.train import train
-from apps.train_config import TrainConfig
+from apps.train_config import TABLE_OPTIMIZER, TrainConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.channels import arm_named
+from torchrec_sid.parallel.optimizer import TableOptimizer
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class PaperConfig:
     """Category columns of items.parquet that fused SIDs take in beside all embedding sources."""
     separator: str | None = None
     """What stands between several values of a category."""
+    tables: TableOptimizer = TABLE_OPTIMIZER
+    """Optimizer of the embedding tables."""
     max_steps: int | None = None
     """Stop each training after so many steps: for a quick look."""
 
@@ -168,6 +171,7 @@ def _runs(
             hide_new=row.hide_new,
             source="+".join(sources) if row.every_source else config.source,
             model=row.model,
+            tables=config.tables,
             evaluate_on=config.evaluate_on,
             max_steps=config.max_steps,
             predictions=True,

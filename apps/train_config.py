@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.parallel.optimizer import TableOptimizer
 
+TABLE_OPTIMIZER = TableOptimizer("adagrad", lr=0.02)
+"""Of a training, unless it says otherwise."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -36,7 +39,7 @@ class TrainConfig:
     own default."""
     model: RankingConfig = field(default_factory=RankingConfig)
     """Backbone and arm."""
-    tables: TableOptimizer = field(default_factory=lambda: TableOptimizer("adagrad", lr=0.02))
+    tables: TableOptimizer = TABLE_OPTIMIZER
     """Optimizer of the embedding tables."""
     dense_lr: float = 2e-3
     """First learning rate of Adam on everything else; it falls linearly over the run."""
