@@ -232,11 +232,13 @@ def _start_worker() -> None:
 
 
 def _train(run: TrainConfig) -> None:
-    if not torch.distributed.is_initialized():
-        start_processes()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_options(run)
-    train(run, device)
+    # Groups of its own: each has threads that wake up for as long as it lives.
+    device = start_processes()
+    try:
+        write_options(run)
+        train(run, device)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
