@@ -196,7 +196,7 @@ class SidSpec:
                     rest = rest // k
             return torch.stack(columns, dim=1)
         shifts = torch.arange(7, -1, -1, device=data.device)
-        bits = ((data.unsqueeze(-1).to(torch.int64) >> shifts) & 1).view(len(data), -1)
+        bits = ((data.unsqueeze(-1).to(torch.int64) >> shifts) & 1).flatten(1)
         bits = bits[:, self.nbytes * 8 - self.bits :]
         levels = bits.split(self.level_bits, dim=1)
         return torch.stack([_from_bits(level) for level in levels], dim=1)

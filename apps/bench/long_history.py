@@ -87,7 +87,6 @@ class DecodedAttention(nn.Module):
         lengths: Tensor,
         actions: Tensor,
         ages: Tensor,
-        bias: Tensor | None = None,
     ) -> Tensor:
         """Arguments and result as of ``CodeSpaceAttention``; no history may be empty."""
         own, heads = self.attention, self.attention.config.num_heads
@@ -104,10 +103,6 @@ class DecodedAttention(nn.Module):
         place = torch.arange(longest)
         mask = place < lengths.unsqueeze(1)
         at = (offsets.unsqueeze(1) + place).clamp_max(len(x) - 1)
-        added = None if bool(mask.all()) else torch.where(mask[:, None, None], 0.0, -torch.inf)
-        if bias is not None:
-            per_head = bias[at].permute(0, 2, 1).unsqueeze(2)
-            added = per_head if added is None else added + per_head
 
         def split(values: Tensor) -> Tensor:
             return values.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -116,7 +111,7 @@ class DecodedAttention(nn.Module):
             split(own.query(candidates)),
             split(own.key(x)[at]),
             split(own.value(x)[at]),
-            added,
+            None if bool(mask.all()) else mask[:, None, None],
         )
         return own.output(attended.transpose(1, 2).flatten(-2))
 
@@ -164,7 +159,8 @@ class World:
         )
         if arm == "side_decoded":
             channel: Any = ranking.module.model.channels["side"]
-            channel.attention = DecodedAttention(channel.attention, self.basis)
+            for summaries in channel.summaries:
+                summaries.attention = DecodedAttention(summaries.attention, self.basis)
         return ranking
 
     def read(self, ranking: Ranking, split: str) -> Iterator[RankingBatch]:

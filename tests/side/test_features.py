@@ -145,6 +145,17 @@ def test_pool_equals_a_loop(lengths: list[int], weighted: bool, mode: str) -> No
     torch.testing.assert_close(pooled, expected)
 
 
+@given(groups=st.lists(st.integers(0, 4), max_size=12), cardinalities=st.sampled_from([(3,) * 6, (300, 3)]))
+@settings(max_examples=30, deadline=None)
+def test_group_sum_equals_a_loop(groups: list[int], cardinalities: tuple[int, ...]) -> None:
+    spec = SidSpec(cardinalities)
+    side = SideFeatures(spec, SideFeaturesConfig("one_hot"))
+    codes, of = random_codes(spec, len(groups)), torch.tensor(groups, dtype=torch.int64)
+    found = side.group_sum(spec.pack_bytes(codes), of, 5)
+    expected = torch.stack([side(codes)[of == group].sum(0) for group in range(5)])
+    torch.testing.assert_close(found, expected)
+
+
 def test_dense_histories_are_flat_ones_reshaped() -> None:
     spec = SidSpec((3,) * 25)
     side, data = SideFeatures(spec), spec.pack_bytes(random_codes(spec, 24))
@@ -186,6 +197,8 @@ def test_bad_input_is_refused() -> None:
         data = spec.pack_bytes(random_codes(spec, 3))
         data[1, 2] = 250
         side(data)
+    with pytest.raises(SidError, match="value 250 in column 2 of SID 1"):
+        side.group_sum(data, torch.tensor([1, 1, 0]), 2)
     with pytest.raises(SidError, match=r"\[N, 5\] uint8"):
         side(torch.zeros(3, 4, dtype=torch.uint8))
     with pytest.raises(SidError, match="code 3 at row 0"):

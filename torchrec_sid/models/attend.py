@@ -95,13 +95,68 @@ class EmbeddedChannel(ItemChannel):
         return ChannelOutput(torch.cat([target.unsqueeze(1), summaries], dim=1))
 
 
+class PackedHistory(NamedTuple):
+    """Events of packed SIDs, user after user, each user's oldest first."""
+
+    sids: Tensor
+    """``[E, nbytes]`` uint8."""
+    lengths: Tensor
+    """``[B]`` integers that sum to E."""
+    actions: Tensor
+    """``[E]`` int64."""
+    ages: Tensor
+    """``[E]`` int64."""
+
+    def newest(self, count: int) -> PackedHistory:
+        """The last ``count`` events of each user."""
+        distance = events_from_newest(self.lengths, self.actions.shape[0])
+        kept = (distance < count).nonzero().squeeze(1)  # its size is data: a GPU is waited for once
+        lengths = self.lengths.clamp_max(count)
+        return PackedHistory(self.sids[kept], lengths, self.actions[kept], self.ages[kept])
+
+
+class SideSummaries(nn.Module):
+    """Summaries of a packed history that decode no event: attention of the candidate, and pools.
+
+    Args:
+        basis: the frozen decoder of the SIDs.
+        feature_dim: F, of the features that are pooled.
+        history: sizes.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, basis: FrozenBasis, feature_dim: int, history: HistoryConfig, device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self.attention = CodeSpaceAttention(
+            basis,
+            CodeSpaceAttentionConfig(
+                query_dim=history.dim,
+                num_heads=history.heads,
+                head_dim=history.dim // history.heads,
+                terms=EventTermsConfig(num_actions=history.actions, age_buckets=history.ages),
+            ),
+            device=device,
+        )
+        self.pools = HistoryPools(
+            feature_dim, history.dim, history.actions, history.ages, history.pools, device
+        )
+
+    def forward(self, target: Tensor, features: SideFeatures, events: PackedHistory) -> Tensor:
+        """``[B, 1, D]`` candidates -> ``[B, 2 + pools, D]``: attended, mean, gated sums."""
+        attended = self.attention(
+            target, events.sids, events.lengths, actions=events.actions, ages=events.ages
+        )
+        return torch.cat([attended, self.pools(features, *events)], dim=1)
+
+
 class SideChannel(ItemChannel):
     """SIDE: the candidate as a linear map of its digits, its history summarised in code space.
 
-    No table and no event vector: a :class:`~torchrec_sid.side.attention.CodeSpaceAttention` and
-    :class:`~torchrec_sid.side.pools.HistoryPools` read the packed SIDs, and parameter-free similarity
-    features compare the candidate with what the user liked. Each window of recent events
-    (:class:`~torchrec_sid.models.history.HistoryConfig`) has summaries of its own.
+    No table and no event vector: :class:`SideSummaries` read the packed SIDs, and parameter-free similarity
+    features compare the candidate with what the user liked, for each window of recent events
+    (:class:`~torchrec_sid.models.history.HistoryConfig`).
 
     Args:
         basis: the frozen decoder of the SIDs.
@@ -127,55 +182,36 @@ class SideChannel(ItemChannel):
         super().__init__(fields=1)
         self.features = side_features(basis, calibration, device)
         self.projection = nn.Linear(self.features.dim, dim, device=device)
-        self.history = history
+        self.windows: tuple[int, ...] = ()
         self.register_buffer("action_values", action_values.float().to(self.features.table.device))
         if history is None:
             return
-        windows = len(history.windows)
-        self.attention = CodeSpaceAttention(
-            basis,
-            CodeSpaceAttentionConfig(
-                query_dim=dim,
-                num_heads=windows * history.heads,
-                head_dim=dim // history.heads,
-                output_dim=windows * dim,
-                terms=EventTermsConfig(num_actions=history.actions, age_buckets=history.ages),
-            ),
-            device=device,
-        )
-        self.pools = HistoryPools(
-            self.features.dim, dim, history.actions, history.ages, history.pools, history.windows, device
+        self.windows = history.windows
+        self.summaries = nn.ModuleList(
+            SideSummaries(basis, self.features.dim, history, device) for _ in self.windows
         )
         self.similarity = SimilarityFeatures(basis, device=device)
-        self.fields = 1 + windows + self.pools.summaries
-        self.numbers = windows * len(self.similarity.names)
+        self.fields = 1 + len(self.windows) * (2 + history.pools)
+        self.numbers = len(self.windows) * len(self.similarity.names)
 
     def forward(
         self, features: KeyedJaggedTensor, item_bytes: Tensor, history_bytes: Tensor
     ) -> ChannelOutput:
         """``[B, 1 + windows (2 + pools), D]``: the candidate first; ``[B, k]`` similarity features."""
         target = self.projection(self.features(item_bytes)).unsqueeze(1)
-        history = self.history
-        if history is None:
+        if not self.windows:
             return ChannelOutput(target)
         action = features["history_action"]
-        actions, lengths = action.values(), action.lengths()
-        ages = features["history_age"].values()
-        labels = self.action_values[actions]
-        numbers = [self.similarity(item_bytes, history_bytes, lengths, labels)]
-        hidden = None
-        if len(history.windows) > 1:
-            old = events_from_newest(lengths, actions.shape[0]) >= history.recent
-            # The first half of the heads sees recent events only.
-            hidden = torch.zeros(actions.shape[0], 2 * history.heads, device=old.device)
-            hidden[:, : history.heads].masked_fill_(old.unsqueeze(1), -torch.inf)
-            recent = lengths.clamp_max(history.recent)
-            kept = (~old).nonzero().squeeze(1)  # its size is data: a GPU waits for it once
-            numbers.append(self.similarity(item_bytes, history_bytes[kept], recent, labels[kept]))
-        attended = self.attention(target, history_bytes, lengths, actions=actions, ages=ages, bias=hidden)
-        attended = attended.unflatten(2, (len(history.windows), -1)).flatten(1, 2)
-        pooled = self.pools(self.features, history_bytes, lengths, actions, ages)
-        return ChannelOutput(torch.cat([target, attended, pooled], dim=1), torch.cat(numbers, dim=1))
+        events = PackedHistory(
+            history_bytes, action.lengths(), action.values(), features["history_age"].values()
+        )
+        fields, numbers = [target], []
+        for window, summaries in zip(self.windows, self.summaries, strict=True):
+            seen = events if window == self.windows[-1] else events.newest(window)
+            fields.append(summaries(target, self.features, seen))
+            labels = self.action_values[seen.actions]
+            numbers.append(self.similarity(item_bytes, seen.sids, seen.lengths, labels))
+        return ChannelOutput(torch.cat(fields, dim=1), torch.cat(numbers, dim=1))
 
 
 def side_features(

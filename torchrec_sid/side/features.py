@@ -145,7 +145,9 @@ class SideFeatures(nn.Module):
         """
         if sids.dtype == torch.uint8 and sids.dim() > 2:
             return self(sids.flatten(0, -2)).unflatten(0, sids.shape[:-1])
-        return nn.functional.embedding_bag(self._symbols(sids) + self._starts, self.table, mode="sum")
+        symbols = self._symbols(sids)
+        self._check(symbols)
+        return nn.functional.embedding_bag(symbols, self.table, mode="sum")
 
     def pool(
         self,
@@ -184,35 +186,46 @@ class SideFeatures(nn.Module):
 
         Args:
             sids: ``[E, ...]`` as in :meth:`forward`.
-            groups: ``[E]`` int64 within ``0 .. count - 1``, in any order.
+            groups: ``[E]`` integers within ``0 .. count - 1``, in any order.
             count: number of groups; an empty one gives zeros.
+
+        Raises:
+            SidError: as :meth:`forward`.
         """
-        symbols = self._symbols(sids) + self._starts
-        order = torch.argsort(groups, stable=True)
-        sizes = torch.zeros(count, dtype=torch.int32, device=groups.device).index_add(
-            0, groups, torch.full_like(groups, symbols.shape[1], dtype=torch.int32)
-        )
+        in_bytes = self.spec.byte_groups is not None
+        if not in_bytes:
+            self._check(self._symbols(sids))
+        groups = groups.to(torch.int32)
+        symbols = self._symbols(sids[torch.argsort(groups, stable=True)])
+        sizes = torch.zeros(count, dtype=torch.int32, device=groups.device)
+        sizes.index_add_(0, groups, torch.full_like(groups, symbols.shape[1]))
         offsets = (sizes.cumsum(0) - sizes).to(torch.int32)
-        return nn.functional.embedding_bag(symbols[order].flatten(), self.table, offsets, mode="sum")
+        sums = nn.functional.embedding_bag(symbols.flatten(), self.table, offsets, mode="sum")
+        # A byte outside the alphabet gives NaN, and there are fewer sums to look at than SIDs.
+        if in_bytes and not torch.compiler.is_compiling() and bool(sums.isnan().any()):
+            self._check(self._symbols(sids))
+        return sums
 
     def _symbols(self, sids: Tensor) -> Tensor:
-        """``[N, S]`` int32: the bytes of each SID, or its codes where a level needs more than a byte."""
+        """``[N, S]`` int32: row of the table for each byte, or for each code where a level needs more."""
         data = as_bytes(self.spec, sids)
         if self.spec.byte_groups is None:
-            symbols = self.spec.unpack_bytes(data).to(torch.int32)
-        else:
-            symbols = data.to(torch.int32)
-        if not torch.compiler.is_compiling():
-            bad = symbols >= self._limits
-            if bool(bad.any()):
-                row, column = (int(i) for i in bad.nonzero()[0])
-                raise SidError(
-                    "sids",
-                    f"value {int(symbols[row, column])} in column {column} of SID {row}, "
-                    f"outside 0..{int(self._limits[column]) - 1}",
-                    "Encode with the quantizer this spec belongs to.",
-                )
-        return symbols
+            data = self.spec.unpack_bytes(data).to(torch.int32)
+        return data + self._starts
+
+    def _check(self, symbols: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        bad = symbols >= self._starts + self._limits
+        if bool(bad.any()):
+            row, column = (int(i) for i in bad.nonzero()[0])
+            value = int(symbols[row, column] - self._starts[column])
+            raise SidError(
+                "sids",
+                f"value {value} in column {column} of SID {row}, "
+                f"outside 0..{int(self._limits[column]) - 1}",
+                "Encode with the quantizer this spec belongs to.",
+            )
 
     def _level_tables(self, basis: FrozenBasis | None) -> list[Tensor]:
         """Per level ``[K_l, dim]``: what its code adds to the raw features."""

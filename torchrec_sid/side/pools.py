@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
-
 import torch
 from torch import Tensor, nn
 
 from torchrec_sid.side.features import SideFeatures
-from torchrec_sid.side.terms import events_from_newest
 
 
 class HistoryPools(nn.Module):
-    """Query-free summaries of each user's history, over windows of its most recent events.
+    """Query-free summaries of each user's history.
 
-    With features ``phi_i`` of the SIDs, actions ``a_i`` and ages ``g_i`` of the n events in a window:
+    With features ``phi_i`` of the SIDs, actions ``a_i`` and ages ``g_i`` of a user's n events:
 
         mean = (1/n) sum_i (W phi_i + action[a_i] + age[g_i])
         pool_p = (1/sqrt(n)) sum_i gate[a_i, p] W phi_i
@@ -29,8 +25,6 @@ class HistoryPools(nn.Module):
         actions: number of distinct actions.
         ages: number of buckets of an event's age.
         pools: number of gated sums.
-        windows: most recent events that each group of summaries sees, ascending; the last is the longest
-            history.
         device: of the parameters.
     """
 
@@ -41,11 +35,9 @@ class HistoryPools(nn.Module):
         actions: int,
         ages: int,
         pools: int,
-        windows: Sequence[int],
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.windows = tuple(windows)
         self.projection = nn.Linear(feature_dim, dim, bias=False, device=device)
         self.action = nn.Embedding(actions, dim, device=device)
         self.age = nn.Embedding(ages, dim, device=device)
@@ -57,7 +49,7 @@ class HistoryPools(nn.Module):
     @property
     def summaries(self) -> int:
         """Number of ``[B, D]`` summaries that :meth:`forward` returns."""
-        return len(self.windows) * (1 + self.gate.embedding_dim)
+        return 1 + self.gate.embedding_dim
 
     def forward(
         self, features: SideFeatures, history_bytes: Tensor, lengths: Tensor, actions: Tensor, ages: Tensor
@@ -66,34 +58,28 @@ class HistoryPools(nn.Module):
 
         Args:
             features: packed SIDs -> ``[n, F]``.
-            history_bytes: ``[E, nbytes]`` uint8, user after user, each user's oldest first.
+            history_bytes: ``[E, nbytes]`` uint8, user after user.
             lengths: ``[B]`` integers that sum to E.
             actions, ages: ``[E]`` int64.
 
         Returns:
-            ``[B, windows (1 + pools), D]``: means, then gated sums; zeros for an empty history.
+            ``[B, 1 + pools, D]``: the mean, then the gated sums; zeros for an empty history.
         """
-        users, slots, values = lengths.shape[0], len(self.windows), self.action.num_embeddings
+        users, values = lengths.shape[0], self.action.num_embeddings
         rows = torch.arange(users, device=lengths.device)
-        slot = torch.repeat_interleave(rows, lengths, output_size=history_bytes.shape[0]) * slots
-        if slots > 1:
-            edges = torch.tensor(self.windows[:-1], device=lengths.device)
-            slot = slot + torch.bucketize(events_from_newest(lengths, slot.shape[0]), edges, right=True)
-        by_action = slot * values + actions
-        sums = features.group_sum(history_bytes, by_action, users * slots * values)
-        # Slots are disjoint, windows nested.
-        sums = sums.view(users, slots, values, -1).cumsum(1)
-        action_counts = _counts(by_action, (users, slots, values))
-        ages = slot * self.age.num_embeddings + ages
-        age_counts = _counts(ages, (users, slots, self.age.num_embeddings))
-        count = action_counts.sum(2, keepdim=True).clamp_min(1)
-        terms = action_counts @ self.action.weight + age_counts @ self.age.weight
-        means = (self.projection(sums.sum(2)) + terms) / count
-        gated = torch.einsum("bwaf,ap->bwpf", sums, self.gate.weight) / count.sqrt().unsqueeze(3)
-        return torch.cat([means, self.projection(gated).flatten(1, 2)], dim=1)
+        user = torch.repeat_interleave(rows, lengths, output_size=history_bytes.shape[0])
+        by_action = user * values + actions
+        sums = features.group_sum(history_bytes, by_action, users * values).view(users, values, -1)
+        by_age = user * self.age.num_embeddings + ages
+        terms = _counts(by_action, users, values) @ self.action.weight
+        terms = terms + _counts(by_age, users, self.age.num_embeddings) @ self.age.weight
+        count = lengths.clamp_min(1).unsqueeze(1)
+        mean = (self.projection(sums.sum(1)) + terms) / count
+        gated = torch.einsum("baf,ap->bpf", sums, self.gate.weight) / count.sqrt().unsqueeze(2)
+        return torch.cat([mean.unsqueeze(1), self.projection(gated)], dim=1)
 
 
-def _counts(keys: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """``[users, windows, values]`` float32: how often each value occurs in a window."""
-    flat = torch.zeros(prod(shape), device=keys.device)
-    return flat.index_add(0, keys, torch.ones(keys.shape, device=keys.device)).view(shape).cumsum(1)
+def _counts(keys: Tensor, users: int, values: int) -> Tensor:
+    """``[users, values]`` float32: how often each value occurs."""
+    counts = torch.zeros(users * values, device=keys.device)
+    return counts.index_add(0, keys, torch.ones(keys.shape, device=keys.device)).view(users, values)
