@@ -159,8 +159,9 @@ class World:
         )
         if arm == "side_decoded":
             channel: Any = ranking.module.model.channels["side"]
-            for summaries in channel.summaries:
-                summaries.attention = DecodedAttention(summaries.attention, self.basis)
+            channel.attentions = nn.ModuleList(
+                DecodedAttention(attention, self.basis) for attention in channel.attentions
+            )
         return ranking
 
     def read(self, ranking: Ranking, split: str) -> Iterator[RankingBatch]:

@@ -115,48 +115,14 @@ class PackedHistory(NamedTuple):
         return PackedHistory(self.sids[kept], lengths, self.actions[kept], self.ages[kept])
 
 
-class SideSummaries(nn.Module):
-    """Summaries of a packed history that decode no event: attention of the candidate, and pools.
-
-    Args:
-        basis: the frozen decoder of the SIDs.
-        feature_dim: F, of the features that are pooled.
-        history: sizes.
-        device: of the parameters.
-    """
-
-    def __init__(
-        self, basis: FrozenBasis, feature_dim: int, history: HistoryConfig, device: torch.device | None
-    ) -> None:
-        super().__init__()
-        self.attention = CodeSpaceAttention(
-            basis,
-            CodeSpaceAttentionConfig(
-                query_dim=history.dim,
-                num_heads=history.heads,
-                head_dim=history.dim // history.heads,
-                terms=EventTermsConfig(num_actions=history.actions, age_buckets=history.ages),
-            ),
-            device=device,
-        )
-        self.pools = HistoryPools(
-            feature_dim, history.dim, history.actions, history.ages, history.pools, device
-        )
-
-    def forward(self, target: Tensor, features: SideFeatures, events: PackedHistory) -> Tensor:
-        """``[B, 1, D]`` candidates -> ``[B, 2 + pools, D]``: attended, mean, gated sums."""
-        attended = self.attention(
-            target, events.sids, events.lengths, actions=events.actions, ages=events.ages
-        )
-        return torch.cat([attended, self.pools(features, *events)], dim=1)
-
-
 class SideChannel(ItemChannel):
     """SIDE: the candidate as a linear map of its digits, its history summarised in code space.
 
-    No table and no event vector: :class:`SideSummaries` read the packed SIDs, and parameter-free similarity
-    features compare the candidate with what the user liked, for each window of recent events
-    (:class:`~torchrec_sid.models.history.HistoryConfig`).
+    No table and no event vector: for each window of recent events
+    (:class:`~torchrec_sid.models.history.HistoryConfig`) a
+    :class:`~torchrec_sid.side.attention.CodeSpaceAttention` and parameter-free similarity features, which
+    compare the candidate with what the user liked, read the packed SIDs. Of the first window, the most recent
+    events, there are :class:`~torchrec_sid.side.pools.HistoryPools` too.
 
     Args:
         basis: the frozen decoder of the SIDs.
@@ -187,17 +153,26 @@ class SideChannel(ItemChannel):
         if history is None:
             return
         self.windows = history.windows
-        self.summaries = nn.ModuleList(
-            SideSummaries(basis, self.features.dim, history, device) for _ in self.windows
+        attention = CodeSpaceAttentionConfig(
+            query_dim=dim,
+            num_heads=history.heads,
+            head_dim=dim // history.heads,
+            terms=EventTermsConfig(num_actions=history.actions, age_buckets=history.ages),
+        )
+        self.attentions = nn.ModuleList(
+            CodeSpaceAttention(basis, attention, device=device) for _ in self.windows
+        )
+        self.pools = HistoryPools(
+            self.features.dim, dim, history.actions, history.ages, history.pools, device
         )
         self.similarity = SimilarityFeatures(basis, device=device)
-        self.fields = 1 + len(self.windows) * (2 + history.pools)
+        self.fields = 1 + len(self.windows) + self.pools.summaries
         self.numbers = len(self.windows) * len(self.similarity.names)
 
     def forward(
         self, features: KeyedJaggedTensor, item_bytes: Tensor, history_bytes: Tensor
     ) -> ChannelOutput:
-        """``[B, 1 + windows (2 + pools), D]``: the candidate first; ``[B, k]`` similarity features."""
+        """``[B, 2 + pools + windows, D]``: the candidate first; ``[B, k]`` similarity features."""
         target = self.projection(self.features(item_bytes)).unsqueeze(1)
         if not self.windows:
             return ChannelOutput(target)
@@ -206,9 +181,11 @@ class SideChannel(ItemChannel):
             history_bytes, action.lengths(), action.values(), features["history_age"].values()
         )
         fields, numbers = [target], []
-        for window, summaries in zip(self.windows, self.summaries, strict=True):
+        for window, attention in zip(self.windows, self.attentions, strict=True):
             seen = events if window == self.windows[-1] else events.newest(window)
-            fields.append(summaries(target, self.features, seen))
+            fields.append(attention(target, seen.sids, seen.lengths, actions=seen.actions, ages=seen.ages))
+            if window == self.windows[0]:
+                fields.append(self.pools(self.features, *seen))
             labels = self.action_values[seen.actions]
             numbers.append(self.similarity(item_bytes, seen.sids, seen.lengths, labels))
         return ChannelOutput(torch.cat(fields, dim=1), torch.cat(numbers, dim=1))
