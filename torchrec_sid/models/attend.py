@@ -121,8 +121,8 @@ class SideChannel(ItemChannel):
     No table and no event vector: for each window of recent events
     (:class:`~torchrec_sid.models.history.HistoryConfig`) a
     :class:`~torchrec_sid.side.attention.CodeSpaceAttention` and parameter-free similarity features, which
-    compare the candidate with what the user liked, read the packed SIDs. Of the first window, the most recent
-    events, there are :class:`~torchrec_sid.side.pools.HistoryPools` too.
+    compare the candidate with what the user liked, read the packed SIDs. The first window, the most recent
+    events, has :class:`~torchrec_sid.side.pools.HistoryPools` too.
 
     Args:
         basis: the frozen decoder of the SIDs.
