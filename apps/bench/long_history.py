@@ -81,12 +81,7 @@ class DecodedAttention(nn.Module):
         self.attention, self.layout = attention, basis.layout
 
     def forward(
-        self,
-        candidates: Tensor,
-        history_bytes: Tensor,
-        lengths: Tensor,
-        actions: Tensor,
-        ages: Tensor,
+        self, candidates: Tensor, history_bytes: Tensor, lengths: Tensor, actions: Tensor, ages: Tensor
     ) -> Tensor:
         """Arguments and result as of ``CodeSpaceAttention``; no history may be empty."""
         own, heads = self.attention, self.attention.config.num_heads
