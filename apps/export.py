@@ -33,10 +33,10 @@ from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.models.build import Ranking
 from torchrec_sid.models.dlrm import by_task
 from torchrec_sid.parallel.checkpoint import CheckpointManager
-from torchrec_sid.serving.export import ExportOptions, ExportReport, Program, export_model
+from torchrec_sid.serving.exporter import ExportOptions, ExportReport, Program, export_model
 from torchrec_sid.serving.quantized import Precision
 from torchrec_sid.serving.request import Bags, Request
-from torchrec_sid.serving.served import ServedModel
+from torchrec_sid.serving.served_model import ServedModel
 
 _EXAMPLE_ROWS = 64
 _ROOT = Path(__file__).resolve().parents[1]

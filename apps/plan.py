@@ -28,13 +28,13 @@ from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, RankingConfig
+from torchrec_sid.parallel.embedding_tables import find_tables, table_parameters
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import save_plan
 from torchrec_sid.parallel.plan_summary import format_summary
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.planner_file import load_planner_config, planner_config_to_json
 from torchrec_sid.parallel.planning import make_plan, resolve_topology
-from torchrec_sid.parallel.tables import find_tables, table_parameters
 from torchrec_sid.parallel.wire import wire_bytes
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import SidPieces

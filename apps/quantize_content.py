@@ -23,9 +23,9 @@ from torchrec_sid.quantizers import (
     VqFusion,
     VqFusionConfig,
 )
-from torchrec_sid.quantizers.fusion_data import FusionData
-from torchrec_sid.quantizers.fusion_view import PackedView
-from torchrec_sid.quantizers.stream import EmbeddingStream
+from torchrec_sid.quantizers.fusion.packed_view import PackedView
+from torchrec_sid.quantizers.fusion.source_rows import FusionData
+from torchrec_sid.streams import EmbeddingStream
 
 Array = np.ndarray[Any, Any]
 _CLASSES = "classes.json"

@@ -21,7 +21,7 @@ from apps.cli import parse_config, plain_errors
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import SidError
 from torchrec_sid.serving.request import Request
-from torchrec_sid.serving.served import ServedModel
+from torchrec_sid.serving.served_model import ServedModel
 
 
 @dataclass(frozen=True)

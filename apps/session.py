@@ -25,12 +25,12 @@ from torchrec_sid.models.build import Ranking, RankingConfig
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.constraints import model_pooling_factors
+from torchrec_sid.parallel.embedding_tables import find_tables
 from torchrec_sid.parallel.plan_file import load_plan, plan_to_json
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
-from torchrec_sid.parallel.tables import find_tables
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.schedule import LinearDecay
 

@@ -26,7 +26,7 @@ from torchrec_sid.artifact import write_json
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.training.loop import TrainResult
 from torchrec_sid.training.profile import StepProfiler
-from torchrec_sid.training.progress import TrainingProgress
+from torchrec_sid.training.progress_line import TrainingProgress
 
 logger = logging.getLogger("apps.train")
 

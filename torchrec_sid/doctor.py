@@ -64,7 +64,7 @@ class Probe(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
+class Finding:
     """One thing that is wrong."""
 
     what: str
@@ -111,7 +111,7 @@ def probe_imports(python: str = sys.executable, timeout_seconds: float = 120) ->
 
 def diagnose(
     versions: Mapping[str, str | None], requirements: Sequence[str], probe: Probe | None
-) -> list[Problem]:
+) -> list[Finding]:
     """Everything that is wrong, worst first.
 
     Args:
@@ -124,11 +124,11 @@ def diagnose(
     problems.append(_judge_set(versions))
     if probe is not None and probe.error is not None:
         problems.append(
-            Problem(f"import of fbgemm_gpu and torchrec fails: {probe.error}", _reinstall(versions, probe))
+            Finding(f"import of fbgemm_gpu and torchrec fails: {probe.error}", _reinstall(versions, probe))
         )
     if probe is not None and probe.gpus and versions.get("fbgemm-gpu-cpu"):
         problems.append(
-            Problem(
+            Finding(
                 f"{probe.gpus} GPUs are visible, but fbgemm is the CPU build", _reinstall(versions, probe)
             )
         )
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(
-    versions: Mapping[str, str | None], probe: Probe | None, problems: list[Problem]
+    versions: Mapping[str, str | None], probe: Probe | None, problems: list[Finding]
 ) -> dict[str, Any]:
     return {
         "ok": not problems,
@@ -177,7 +177,7 @@ def _report(
     }
 
 
-def _text(versions: Mapping[str, str | None], probe: Probe | None, problems: list[Problem]) -> str:
+def _text(versions: Mapping[str, str | None], probe: Probe | None, problems: list[Finding]) -> str:
     lines = [f"{name:16} {version or 'not installed'}" for name, version in versions.items()]
     if probe is not None:
         build = f"CUDA {probe.cuda_build}" if probe.cuda_build else "CPU"
@@ -191,7 +191,7 @@ def _text(versions: Mapping[str, str | None], probe: Probe | None, problems: lis
     return "\n".join(lines) + "\n"
 
 
-def _judge_requirement(versions: Mapping[str, str | None], text: str) -> Problem | None:
+def _judge_requirement(versions: Mapping[str, str | None], text: str) -> Finding | None:
     match = re.match(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)", text)
     if match is None:
         return None
@@ -200,51 +200,51 @@ def _judge_requirement(versions: Mapping[str, str | None], text: str) -> Problem
         return None
     found, command = versions[name], f"pip install '{name}{bounds}'"
     if found is None:
-        return Problem(f"{name} is not installed", command)
+        return Finding(f"{name} is not installed", command)
     for bound in filter(None, bounds.split(",")):
         operator, wanted = re.match(r"([<>=!~]+)(.*)", bound).groups()  # type: ignore[union-attr]
         have, want = _numbers(found), _numbers(wanted)
         if (operator == ">=" and have < want) or (operator == "<" and have >= want):
-            return Problem(f"{name} is {found}, this package needs {bounds}", command)
+            return Finding(f"{name} is {found}, this package needs {bounds}", command)
     return None
 
 
-def _judge_set(versions: Mapping[str, str | None]) -> Problem | None:
+def _judge_set(versions: Mapping[str, str | None]) -> Finding | None:
     release = _release(versions.get("torch"))
     expected = MATCHING.get(release or "")
     found = versions.get("torchrec")
     if expected is None or found is None or _release(found) == expected:
         return None
-    return Problem(
+    return Finding(
         f"torchrec is {found}, torch {release} goes with {expected}",
         f"pip install 'torchrec=={expected}.*'",
     )
 
 
-def _judge_fbgemm(versions: Mapping[str, str | None], probe: Probe | None) -> list[Problem]:
+def _judge_fbgemm(versions: Mapping[str, str | None], probe: Probe | None) -> list[Finding]:
     cuda, cpu = versions.get("fbgemm-gpu"), versions.get("fbgemm-gpu-cpu")
     shim = cuda is not None and cuda.endswith(_SHIM)
     remedy = _reinstall(versions, probe)
     problems = []
     if cpu is None and (cuda is None or shim):
-        problems.append(Problem("fbgemm is not installed, and torchrec does not import without it", remedy))
+        problems.append(Finding("fbgemm is not installed, and torchrec does not import without it", remedy))
     if cpu is not None and cuda is not None and not shim:
         both = "fbgemm-gpu and fbgemm-gpu-cpu are both installed, and each overwrites the other's files"
-        problems.append(Problem(both, f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {remedy}"))
+        problems.append(Finding(both, f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {remedy}"))
     if cpu is not None and cuda is None:
         missing = (
             "torchrec requires fbgemm-gpu, which fbgemm-gpu-cpu does not stand for: pip check complains"
         )
-        problems.append(Problem(missing, "pip install ./packaging/fbgemm-gpu-cpu-shim"))
+        problems.append(Finding(missing, "pip install ./packaging/fbgemm-gpu-cpu-shim"))
     release = _release(versions.get("torch"))
     expected = MATCHING.get(release or "")
     found = cpu or cuda
     if expected is not None and found is not None and _release(found) != expected:
-        problems.append(Problem(f"fbgemm is {found}, torch {release} goes with {expected}", remedy))
+        problems.append(Finding(f"fbgemm is {found}, torch {release} goes with {expected}", remedy))
     cpu_torch = (versions.get("torch") or "").endswith("+cpu")
     if cpu is None and cuda is not None and not shim and cpu_torch:
         what = f"fbgemm-gpu {cuda} is a CUDA build, torch {versions['torch']} a CPU build"
-        problems.append(Problem(what, f"pip uninstall -y fbgemm-gpu && {remedy}"))
+        problems.append(Finding(what, f"pip uninstall -y fbgemm-gpu && {remedy}"))
     return problems
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apps.bench.alternating import alternate, peak_mb
 from apps.bench.attention_systems import (
     Shape,
     System,
@@ -30,12 +31,11 @@ from apps.bench.attention_systems import (
     lookup_mha,
     train_step,
 )
-from apps.bench.measure import alternate, peak_mb
 from torchrec_sid.artifact import write_json
 from torchrec_sid.progress import track
 from torchrec_sid.side.kernels import cpu, plain
-from torchrec_sid.side.kernels.build import load_library
-from torchrec_sid.side.kernels.problem import Problem
+from torchrec_sid.side.kernels.compiler import load_library
+from torchrec_sid.side.kernels.problem import AttentionProblem
 from torchrec_sid.side.kernels.reference import decode_then_attend
 
 PASSES = ("forward", "forward+backward")
@@ -191,7 +191,7 @@ def measure_kernel(config: BenchConfig) -> list[dict[str, Any]]:
         w = Workload(shape, torch.device("cpu"), config.seed)
         layout, lengths = w.attention.layout, w.lengths.tolist()
         query = torch.randn(shape.users, shape.heads, layout.num_features)
-        problem = Problem(query, w.history, w.lengths, None, None, layout, shape.heads, True)
+        problem = AttentionProblem(query, w.history, w.lengths, None, None, layout, shape.heads, True)
         out = cpu.forward(problem)
         grad, none = torch.randn_like(out.z), torch.zeros_like(out.total)
         works: dict[tuple[str, str], Callable[[], object]] = {

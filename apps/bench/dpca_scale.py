@@ -22,7 +22,7 @@ from apps.cli import parse_config
 from torchrec_sid.artifact import write_json
 from torchrec_sid.progress import track
 from torchrec_sid.quantizers import DiscretePca, DiscretePcaConfig
-from torchrec_sid.quantizers.stream import open_stream
+from torchrec_sid.streams import open_stream
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from apps.bench.real_items import load_embeddings, split_rows
 from apps.cli import parse_config
 from torchrec_sid.artifact import write_json
 from torchrec_sid.quantizers import CategorySource, EmbeddingSource, VqFusion, VqFusionConfig
-from torchrec_sid.quantizers.fusion_report import CategoryReport, SourceReport
-from torchrec_sid.quantizers.fusion_sources import Source
+from torchrec_sid.quantizers.fusion.fusion_report import CategoryReport, SourceReport
+from torchrec_sid.quantizers.fusion.sources import Source
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apps.bench.measure import peak_mb
+from apps.bench.alternating import peak_mb
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.data.prepare import PrepareConfig, prepare

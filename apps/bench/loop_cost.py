@@ -14,7 +14,7 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from apps.rundir import StepRecorder
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.training.loop import TrainingLoop
-from torchrec_sid.training.progress import TrainingProgress
+from torchrec_sid.training.progress_line import TrainingProgress
 from torchrec_sid.training.schedule import LinearDecay
 
 

@@ -22,7 +22,7 @@ from torchrec_sid.quantizers import (
     VqFusion,
     VqFusionConfig,
 )
-from torchrec_sid.quantizers.fusion_sources import EmbeddingSource
+from torchrec_sid.quantizers.fusion.sources import EmbeddingSource
 
 OURS = "torchrec_sid"
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.bench.measure import alternate, peak_mb
+from apps.bench.alternating import alternate, peak_mb
 from torchrec_sid import SidSpec
 from torchrec_sid.artifact import write_json
 from torchrec_sid.side import (

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from apps.bench.measure import alternate, peak_mb
+from apps.bench.alternating import alternate, peak_mb
 from apps.bench.tables_systems import Case, Items, System, make_systems, one_process, planted, shard
 from torchrec_sid.artifact import write_json
 from torchrec_sid.tables import PieceTrainerConfig, SidTokenizer, train_pieces

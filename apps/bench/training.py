@@ -45,7 +45,7 @@ from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces, train_pieces
 from torchrec_sid.training.loop import TrainingLoop
-from torchrec_sid.training.progress import TrainingProgress
+from torchrec_sid.training.progress_line import TrainingProgress
 from torchrec_sid.training.schedule import LinearDecay
 
 _SPEC = SidSpec((64, 64, 64, 64))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apps.bench import attention
+from apps.bench.alternating import peak_mb
 from apps.bench.attention_systems import (
     Shape,
     Workload,
@@ -16,7 +17,6 @@ from apps.bench.attention_systems import (
     lookup_mha,
     train_step,
 )
-from apps.bench.measure import peak_mb
 
 SMALL = Shape(users=3, length=20, dims=16, heads=2, candidates=2, digits=8)
 

@@ -15,7 +15,7 @@ from tests.logs import SPEC, random_sids, small_log
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.models.build import RankingConfig
-from torchrec_sid.serving.served import ServedModel
+from torchrec_sid.serving.served_model import ServedModel
 
 _ROOT = Path(__file__).resolve().parents[2]
 _MODEL = RankingConfig(dim=8, heads=2, history_length=10, table_rows=50, tasks=(1,))

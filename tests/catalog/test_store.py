@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchrec_sid.artifact import write_json
-from torchrec_sid.catalog import SidCatalog, parts, store
+from torchrec_sid.catalog import SidCatalog, parts
+from torchrec_sid.catalog import sid_catalog as store
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.spec import SidSpec
 

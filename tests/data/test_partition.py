@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrec_sid.data.appender import NpyAppender
-from torchrec_sid.data.hashing import hash64, uniform
+from torchrec_sid.data.counter_random import hash64, uniform
 from torchrec_sid.data.partition import EXAMPLE, Spill, TimeSketch, hash_bucket
 
 

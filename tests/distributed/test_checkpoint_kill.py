@@ -13,10 +13,10 @@ from tests.distributed.launch import join_group, run_ranks
 from tests.parallel.toy import Toy
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.checkpoint_files import list_checkpoints
+from torchrec_sid.parallel.embedding_tables import local_shards
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig, TopologyConfig
 from torchrec_sid.parallel.sharding import shard_model
-from torchrec_sid.parallel.tables import local_shards
 
 ROUNDS, MOST_ROUNDS = 6, 40
 PATIENCE = 240

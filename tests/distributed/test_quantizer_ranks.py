@@ -15,8 +15,8 @@ from torchrec_sid.artifact import fingerprint
 from torchrec_sid.quantizers import RqVae, RqVaeConfig, VqFusion
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
 from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.gradient_fit import all_tensors
-from torchrec_sid.quantizers.ranks import Ranks
 
 CONFIG = dataclasses.replace(SMALL, batch_size=32)
 
@@ -78,7 +78,7 @@ def test_two_processes_continue_from_one_checkpoint(tmp_path: Path) -> None:
 def _follow() -> list[tuple[str, int, float]]:
     """Each rank sees other latents; rank 1 has fewer of them."""
     rank = dist.get_rank()
-    ranks = Ranks(dist.group.WORLD)
+    ranks = Collectives(dist.group.WORLD)
     z = bent_clusters(300, seed=rank)[: 300 - 120 * rank]
     bottleneck = Bottleneck(
         12, (16, 8), ((3, 3),), BottleneckConfig(codebook_update="ema", reset_below=0.1)
@@ -105,7 +105,7 @@ def test_codebooks_averages_and_resets_agree_bit_by_bit() -> None:
 
 
 def _shares() -> dict[str, Any]:
-    ranks = Ranks(dist.group.WORLD)
+    ranks = Collectives(dist.group.WORLD)
     data = torch.arange(23)
     own = [batch[0] for batch in ranks.own_rows((piece,) for piece in data.split(5))]
     gathered = ranks.gather_rows(torch.full((ranks.rank + 1, 2), float(ranks.rank)))

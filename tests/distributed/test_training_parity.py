@@ -15,11 +15,11 @@ from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.parallel.checkpoint import CheckpointManager
+from torchrec_sid.parallel.embedding_tables import find_tables
 from torchrec_sid.parallel.initialise import initialise_tables
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.sharding import shard_model
-from torchrec_sid.parallel.tables import find_tables
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.training.loop import TrainingLoop

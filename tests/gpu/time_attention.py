@@ -28,7 +28,7 @@ from apps.bench.attention_systems import (
     train_step,
 )
 from torchrec_sid.side.kernels import triton_attention
-from torchrec_sid.side.kernels.problem import Problem
+from torchrec_sid.side.kernels.problem import AttentionProblem
 from torchrec_sid.side.kernels.triton_attention import Tiles, choose_tiles
 
 Work = Callable[[], object]
@@ -86,11 +86,11 @@ def floors(
     }
 
 
-def kernel_problem(w: Workload) -> Problem:
+def kernel_problem(w: Workload) -> AttentionProblem:
     """The operator's own inputs, without projections."""
     layout, shape = w.attention.layout, w.shape
     query = torch.randn(shape.users, shape.candidates * shape.heads, layout.num_features, device=w.device)
-    return Problem(query, w.history, w.lengths, None, None, layout, shape.heads, True)
+    return AttentionProblem(query, w.history, w.lengths, None, None, layout, shape.heads, True)
 
 
 def graphed(work: Work, device: torch.device) -> Work:
@@ -106,7 +106,7 @@ def graphed(work: Work, device: torch.device) -> Work:
     return graph.replay
 
 
-def sweep(w: Workload, problem: Problem) -> list[dict[str, Any]]:
+def sweep(w: Workload, problem: AttentionProblem) -> list[dict[str, Any]]:
     """Forward and backward time of other tiles than the default ones."""
     default = choose_tiles(problem.query.shape[1], problem.query.shape[2])
     options = {default}

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.models.history import HistoryConfig, TargetAttention
+from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 
 CONFIG = HistoryConfig(dim=8, heads=2, actions=3, ages=5, pools=2, max_length=6)
 

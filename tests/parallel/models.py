@@ -5,8 +5,8 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_sid.parallel.embedding_tables import find_tables, table_parameters
 from torchrec_sid.parallel.optimizer import TableOptimizer
-from torchrec_sid.parallel.tables import find_tables, table_parameters
 
 META = torch.device("meta")
 

@@ -6,8 +6,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from tests.parallel.toy import Toy
 from torchrec_sid.errors import SidError
+from torchrec_sid.parallel.embedding_tables import LocalShard, find_tables, local_shards
 from torchrec_sid.parallel.initialise import copy_full_into_sharded, initialise_tables
-from torchrec_sid.parallel.tables import LocalShard, find_tables, local_shards
 
 
 def drawn(model, seed):

@@ -4,8 +4,8 @@ from torch import nn
 
 from tests.parallel.toy import Toy, unsharded_losses
 from torchrec_sid.errors import SidError
+from torchrec_sid.parallel.embedding_tables import find_tables, table_parameters
 from torchrec_sid.parallel.optimizer import TableOptimizer
-from torchrec_sid.parallel.tables import find_tables, table_parameters
 
 
 @pytest.mark.parametrize(

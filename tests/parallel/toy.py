@@ -6,8 +6,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_sid.parallel.embedding_tables import find_tables
 from torchrec_sid.parallel.initialise import initialise_tables
-from torchrec_sid.parallel.tables import find_tables
 
 BAGS = ("bag_a", "bag_b")
 SEQUENCE = "sequence"

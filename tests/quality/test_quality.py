@@ -11,8 +11,8 @@ from torch import Tensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.quality import SharingMeter, measure_quality
+from torchrec_sid.quality.keyed_sums import CountTable, VectorTable, mix, prefix_keys
 from torchrec_sid.quality.sharing import default_depths
-from torchrec_sid.quality.tables import CountTable, VectorTable, mix, prefix_keys
 from torchrec_sid.quantizers import ResidualKMeans, ResidualKMeansConfig
 from torchrec_sid.spec import SidSpec
 

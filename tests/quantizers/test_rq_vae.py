@@ -22,9 +22,9 @@ from torchrec_sid.quantizers import (
 )
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
 from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.gradients import rotation, straight_through
-from torchrec_sid.quantizers.ranks import Ranks
-from torchrec_sid.quantizers.shuffle import Position, ShuffledBatches
+from torchrec_sid.quantizers.shuffle import ShuffledBatches, ShufflePosition
 from torchrec_sid.quantizers.usage import count_codes, usage_of
 
 SMALL = RqVaeConfig(cardinalities=(16, 16), hidden=(24,), batch_size=64, epochs=4)
@@ -159,7 +159,7 @@ def test_ema_codewords_are_moving_means() -> None:
     before_count, before_total = bottleneck.count_0.clone(), bottleneck.total_0.clone()
     moved = z + 0.5
     output = bottleneck(moved)
-    bottleneck.follow(moved, output, Ranks(), 0)
+    bottleneck.follow(moved, output, Collectives(), 0)
     codes = output.codes[:, 0]
     for code in range(8):
         members = (moved - bottleneck.center)[codes == code]
@@ -177,7 +177,7 @@ def test_a_dead_code_moves_to_the_batch_with_its_averages() -> None:
         bottleneck.count_0[3] = 1e-6
         bottleneck.total_0[3] = 1e-3
         output = bottleneck(z)
-        assert bottleneck.follow(z, output, Ranks(), 0) == resets
+        assert bottleneck.follow(z, output, Collectives(), 0) == resets
         revived = bottleneck.codebook(0)[3]
         distance = float((z - bottleneck.center - revived).square().sum(1).min())
         assert (distance < 1e-6) == bool(resets)
@@ -185,7 +185,7 @@ def test_a_dead_code_moves_to_the_batch_with_its_averages() -> None:
             assert float(bottleneck.count_0[3]) == pytest.approx(len(z) / 8)
             # Its averages are its own: the next update moves it no further than the batch asks for.
             output = bottleneck(z)
-            bottleneck.follow(z, output, Ranks(), 1)
+            bottleneck.follow(z, output, Collectives(), 1)
             assert float((bottleneck.codebook(0)[3] - revived).norm()) < 0.5 * float(revived.norm()) + 0.5
             assert bool((output.codes == 3).any())
 
@@ -197,7 +197,7 @@ def test_a_dead_parameter_moves_to_the_batch() -> None:
         bottleneck.codebook(0)[3] = 1e3
     bottleneck.count_0[3] = 1e-6
     output = bottleneck(z)
-    assert bottleneck.follow(z, output, Ranks(), 0) == 1
+    assert bottleneck.follow(z, output, Collectives(), 0) == 1
     revived = bottleneck.codebook(0)[3].detach()
     assert float((z - bottleneck.center - revived).square().sum(1).min()) < 1e-6
     assert bool((bottleneck(z).codes == 3).any())
@@ -244,7 +244,7 @@ def test_digits_in_the_bottleneck_stay_tied() -> None:
     before = float((moved - bottleneck.decode(bottleneck.encode(moved))).square().sum())
     for step in range(30):
         output = bottleneck(moved)
-        bottleneck.follow(moved, output, Ranks(), step)
+        bottleneck.follow(moved, output, Collectives(), step)
     torch.testing.assert_close(bottleneck(moved).codes, bottleneck.encode(moved))
     torch.testing.assert_close(bottleneck(moved).z_hat, bottleneck.decode(bottleneck.encode(moved)))
     after = float((moved - bottleneck.decode(bottleneck.encode(moved))).square().sum())
@@ -389,7 +389,7 @@ def test_batches_hold_every_row_once_per_pass_and_continue(
 
     run = batches()
     iterator = iter(run)
-    seen: list[tuple[Position, torch.Tensor]] = []
+    seen: list[tuple[ShufflePosition, torch.Tensor]] = []
     while run.position.pass_index < 2:
         first, second = next(iterator)
         assert torch.equal(second, first * 2)

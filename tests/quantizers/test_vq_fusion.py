@@ -24,9 +24,9 @@ from torchrec_sid.quantizers import (
     VqFusionConfig,
     load_quantizer,
 )
-from torchrec_sid.quantizers.fusion_data import FusionData
-from torchrec_sid.quantizers.fusion_heads import info_nce, source_errors
-from torchrec_sid.quantizers.fusion_sources import FusionInputs, SourcePart
+from torchrec_sid.quantizers.fusion.heads import info_nce, source_errors
+from torchrec_sid.quantizers.fusion.source_rows import FusionData
+from torchrec_sid.quantizers.fusion.sources import FusionInputs, SourcePart
 
 SOURCES = {"text": EmbeddingSource(12), "image": EmbeddingSource(8), "kind": CategorySource(6)}
 SMALL = VqFusionConfig(codebooks=(16, 16), stages=((5, 3),), hidden=(24,), batch_size=64, epochs=4)
@@ -211,9 +211,9 @@ def test_errors_are_fractions_of_knowing_nothing() -> None:
     data = items(2000)
     inputs = FusionInputs(SOURCES)
     raw = torch.cat(list(FusionData(data, SOURCES)))
-    from torchrec_sid.quantizers.ranks import Ranks
+    from torchrec_sid.quantizers.collectives import Collectives
 
-    inputs.fit([raw], Ranks())
+    inputs.fit([raw], Collectives())
     packed = inputs.pack(raw)
     parts = inputs.split(packed)
     share = data["kind"].bincount(minlength=6).float() / 2000

@@ -6,7 +6,7 @@ from torchrec import EmbeddingBagConfig, EmbeddingConfig
 
 from tests.distributed.tables_model import CATALOG, ITEMS, SPEC
 from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
-from torchrec_sid.models.history import HistoryConfig, TargetAttention
+from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 from torchrec_sid.serving.request import Bags, Request
 from torchrec_sid.side import SideFeatures, SideFeaturesConfig
 from torchrec_sid.spec import SidSpec

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tests.serving.models import HISTORY, make_request
-from torchrec_sid.serving.export import ExportOptions, export_model
+from torchrec_sid.serving.exporter import ExportOptions, export_model
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text()
 

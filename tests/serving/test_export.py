@@ -13,9 +13,9 @@ from torchrec import KeyedJaggedTensor
 
 from tests.serving.models import HISTORY, ITEMS, LONGEST, SPEC, USERS, Ranker, make_request
 from torchrec_sid.errors import ArtifactError, SidError
-from torchrec_sid.serving.export import ExportOptions, export_model
+from torchrec_sid.serving.exporter import ExportOptions, export_model
 from torchrec_sid.serving.request import Bags
-from torchrec_sid.serving.served import ServedModel
+from torchrec_sid.serving.served_model import ServedModel
 
 # Rows start uniform within 1 / sqrt(rows): int8 splits that into 255 steps, int4 into 15.
 QUANTIZATION = {"float": 0.0, "int8": 5e-3, "int4": 1e-1}

@@ -9,8 +9,8 @@ import torch
 from apps.export import normalized_entropy, to_request
 from tests.models.test_ranking import CODES, CONFIG, DIGITS, ITEMS, SIDE, SIZES, SPEC, _batch
 from torchrec_sid.models.build import build_ranking
-from torchrec_sid.serving.export import ExportOptions, export_model
-from torchrec_sid.serving.served import ServedModel
+from torchrec_sid.serving.exporter import ExportOptions, export_model
+from torchrec_sid.serving.served_model import ServedModel
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
 

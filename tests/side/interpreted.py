@@ -8,7 +8,7 @@ import torch
 from tests.side.attention_cases import SPECS, assert_equal, make_case
 from torchrec_sid import SidError
 from torchrec_sid.side import EventTermsConfig
-from torchrec_sid.side.kernels.problem import Problem
+from torchrec_sid.side.kernels.problem import AttentionProblem
 
 # The whole of Triton has to be imported under the variable.
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -68,7 +68,7 @@ def _raw(case, **changes):
     layout = case.attention.layout
     users = len(case.lengths)
     query = torch.randn(users, 4, layout.num_features, generator=torch.Generator().manual_seed(0))
-    problem = Problem(
+    problem = AttentionProblem(
         query, case.basis.spec.pack_bytes(case.codes), case.lengths, None, None, layout, 2, True
     )
     return triton_attention.forward(problem._replace(**changes))

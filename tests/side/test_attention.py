@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.side.attention_cases import SPECS, Case, assert_equal, make_case
 from torchrec_sid import SidError, SidSpec
 from torchrec_sid.side import CodeSpaceAttention, CodeSpaceAttentionConfig, EventTermsConfig, FrozenBasis
-from torchrec_sid.side.kernels.build import load_library
+from torchrec_sid.side.kernels.compiler import load_library
 
 BACKENDS = ["torch", "cpu"]
 TERMS = [

@@ -8,8 +8,9 @@ import torch
 
 from tests.side.attention_cases import make_case
 from torchrec_sid import SidError
-from torchrec_sid.side.kernels import build, cpu
-from torchrec_sid.side.kernels.problem import Problem
+from torchrec_sid.side.kernels import compiler as build
+from torchrec_sid.side.kernels import cpu
+from torchrec_sid.side.kernels.problem import AttentionProblem
 
 # What a process that has not called it yet would do.
 load = build.load_library.__wrapped__
@@ -57,7 +58,7 @@ def test_threads_change_no_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     query, grad_z = torch.randn(2, 5, 40, case.attention.layout.num_features, generator=generator)
     events, bias = case.basis.spec.pack_bytes(case.codes), case.extra["bias"]
-    problem = Problem(query, events, case.lengths, None, bias, case.attention.layout, 2, True)
+    problem = AttentionProblem(query, events, case.lengths, None, bias, case.attention.layout, 2, True)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from torchrec_sid import SidError, SidSpec
 from torchrec_sid.side import FrozenBasis, SideFeatures, SideFeaturesConfig, as_bytes
-from torchrec_sid.side.layout import event_columns
+from torchrec_sid.side.event_layout import event_columns
 
 SPECS = [
     (3,) * 7,

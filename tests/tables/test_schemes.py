@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tests.tables.reference import hashed, splitmix, tables_of
 from tests.tables.strategies import cardinalities, schemes
 from torchrec_sid.errors import SidError
+from torchrec_sid.hashing import hash_rows_, splitmix64
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables import HashedId, HashedPrefix, NGramGroups, PerLevel
-from torchrec_sid.tables.hashing import hash_rows_, splitmix64
 from torchrec_sid.tables.indexers import IdIndexer, LevelIndexer
 
 

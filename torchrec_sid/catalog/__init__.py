@@ -2,7 +2,7 @@
 
 from torchrec_sid.catalog.drift import DriftReport, measure_drift
 from torchrec_sid.catalog.last_digit import LastDigit, add_last_digit
-from torchrec_sid.catalog.store import CatalogRows, SidCatalog
+from torchrec_sid.catalog.sid_catalog import CatalogRows, SidCatalog
 
 __all__ = [
     "CatalogRows",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_sid.catalog.store import SidCatalog
+from torchrec_sid.catalog.sid_catalog import SidCatalog
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 

@@ -37,7 +37,7 @@ class PartInfo:
 
 
 class Located(NamedTuple):
-    """Where :meth:`Part.locate` found ids."""
+    """Where :meth:`CatalogPart.locate` found ids."""
 
     found: Tensor
     """``[n]`` bool."""
@@ -45,7 +45,7 @@ class Located(NamedTuple):
     """``[n]`` int64, meaningful where found."""
 
 
-class Part(NamedTuple):
+class CatalogPart(NamedTuple):
     """One open part: item ids in ascending order and their SIDs."""
 
     info: PartInfo
@@ -101,7 +101,7 @@ def write_part(folder: Path, item_ids: Tensor, sids: Tensor, generation: int) ->
     )
 
 
-def open_part(folder: Path, info: PartInfo, *, verify: bool) -> Part:
+def open_part(folder: Path, info: PartInfo, *, verify: bool) -> CatalogPart:
     """Map a part into memory.
 
     Args:
@@ -128,7 +128,7 @@ def open_part(folder: Path, info: PartInfo, *, verify: bool) -> Part:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            return Part(info, file.get_tensor("item_ids"), file.get_tensor("sids"))
+            return CatalogPart(info, file.get_tensor("item_ids"), file.get_tensor("sids"))
     except (SafetensorError, OSError) as error:
         raise ArtifactError(str(path), f"not readable ({error})", "Copy it again.") from error
 

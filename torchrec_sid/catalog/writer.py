@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.catalog import manifest as manifests
-from torchrec_sid.catalog.parts import Part, PartInfo, open_part, write_part
+from torchrec_sid.catalog.parts import CatalogPart, PartInfo, open_part, write_part
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 
@@ -49,7 +49,7 @@ def write_parts(
     spec: SidSpec,
     pairs: Iterable[tuple[Ids, Tensor]],
     generation: int,
-    published: tuple[Part, ...],
+    published: tuple[CatalogPart, ...],
     part_items: int,
 ) -> tuple[PartInfo, ...]:
     """Write pairs as parts; on failure, remove what was written.

@@ -6,11 +6,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from torchrec_sid.data.history_store import HistoryStore
 from torchrec_sid.data.negatives import NegativeSampling
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import SEGMENTS, PreparedLog
 from torchrec_sid.data.schema import LogFolder
-from torchrec_sid.data.store import HistoryStore
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchrec_sid.data.parquet import Array, integers, open_parquet, scan
 from torchrec_sid.errors import ArtifactError, SidError
-from torchrec_sid.quantizers.stream import EmbeddingStream, check_batch, open_stream
+from torchrec_sid.streams import EmbeddingStream, check_batch, open_stream
 
 _PREFIX = "item_emb"
 _ROWS = "_rows"
@@ -39,7 +39,7 @@ class EmbeddingFile:
 
 
 @dataclass(frozen=True)
-class EmbeddingSource:
+class ContentSource:
     """The embeddings of one source in item order: N rows, whatever the order of the file."""
 
     file: EmbeddingFile

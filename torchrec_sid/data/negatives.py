@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchrec_sid.data.hashing import uniform
+from torchrec_sid.data.counter_random import uniform
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.errors import SidError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchrec_sid.data.hashing import hash64
+from torchrec_sid.data.counter_random import hash64
 from torchrec_sid.data.parquet import Array
 
 EVENT = np.dtype(

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from torchrec_sid.data.hashing import hash64, uniform
+from torchrec_sid.data.counter_random import hash64, uniform
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.errors import SidError
 

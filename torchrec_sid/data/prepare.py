@@ -23,12 +23,12 @@ from torchrec_sid.data.events import SPLITS, EventReader
 from torchrec_sid.data.examples import BLOCKS_PER_FILE, ExampleWriter
 from torchrec_sid.data.fingerprint import InputFiles
 from torchrec_sid.data.histories import DENSE, ExplicitHistories, past_of
+from torchrec_sid.data.history_store import StoreWriter
 from torchrec_sid.data.negatives import NegativeSampler, NegativeSampling
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.partition import EVENT, EXAMPLE, Spill, TimeBuckets, hash_bucket
 from torchrec_sid.data.prepared import LAYOUT_VERSION, MANIFEST, PreparedLog
 from torchrec_sid.data.schema import LogFolder
-from torchrec_sid.data.store import StoreWriter
 from torchrec_sid.errors import SidError
 
 SPILL = ".spill"

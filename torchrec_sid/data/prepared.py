@@ -12,8 +12,8 @@ import numpy as np
 
 from torchrec_sid.data.events import SPLITS
 from torchrec_sid.data.examples import SEGMENTS
+from torchrec_sid.data.history_store import HistoryStore
 from torchrec_sid.data.parquet import Array
-from torchrec_sid.data.store import HistoryStore
 from torchrec_sid.errors import ArtifactError, SidError
 
 __all__ = ["LAYOUT_VERSION", "MANIFEST", "SEGMENTS", "PreparedLog"]

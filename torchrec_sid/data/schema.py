@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchrec_sid.data.embeddings import EmbeddingFile, EmbeddingSource, find_embeddings, refuse_duplicates
+from torchrec_sid.data.embeddings import ContentSource, EmbeddingFile, find_embeddings, refuse_duplicates
 from torchrec_sid.data.parquet import Array, integers, open_parquet, scan
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.stream import EmbeddingStream
+from torchrec_sid.streams import EmbeddingStream
 
 ITEMS = "items.parquet"
 EVENTS = "events.parquet"
@@ -72,7 +72,7 @@ class LogFolder:
     """Sorted int64 ids of the items without an embedding in the default source."""
     drop_bare: bool
     """Whether events on those items are left out; if not, the first one is an error."""
-    embedding_sources: dict[str, EmbeddingSource]
+    embedding_sources: dict[str, ContentSource]
     default_source: str
     """Source that is used where none is named."""
 
@@ -138,7 +138,7 @@ class LogFolder:
         """Item id -> dense index."""
         return ItemIndex(self.item_ids)
 
-    def source(self, name: str | None = None) -> EmbeddingSource:
+    def source(self, name: str | None = None) -> ContentSource:
         """One embedding source; the default one without a name."""
         name = name or self.default_source
         if name not in self.embedding_sources:
@@ -296,6 +296,6 @@ def _order_of(file: EmbeddingFile, ids: Array, index: ItemIndex) -> Array:
     return order
 
 
-def _source(file: EmbeddingFile, order: Array) -> EmbeddingSource:
+def _source(file: EmbeddingFile, order: Array) -> ContentSource:
     in_order = len(order) == file.rows and bool((order == np.arange(file.rows)).all())
-    return EmbeddingSource(file, None if in_order else order, len(order))
+    return ContentSource(file, None if in_order else order, len(order))

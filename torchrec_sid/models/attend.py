@@ -10,9 +10,9 @@ from torchrec import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_sid.models.embedder import Embedder
 from torchrec_sid.models.encoder import HistoryEncoder
-from torchrec_sid.models.history import HistoryConfig, TargetAttention
-from torchrec_sid.side.attention import CodeSpaceAttention, CodeSpaceAttentionConfig
+from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 from torchrec_sid.side.basis import FrozenBasis
+from torchrec_sid.side.code_space_attention import CodeSpaceAttention, CodeSpaceAttentionConfig
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
 from torchrec_sid.side.pools import HistoryPools
 from torchrec_sid.side.similarity import SimilarityFeatures
@@ -119,10 +119,10 @@ class SideChannel(ItemChannel):
     """SIDE: the candidate as a linear map of its digits, its history summarised in code space.
 
     No table and no event vector: for each window of recent events
-    (:class:`~torchrec_sid.models.history.HistoryConfig`) a
-    :class:`~torchrec_sid.side.attention.CodeSpaceAttention` and parameter-free similarity features, which
-    compare the candidate with what the user liked, read the packed SIDs. The first window, the most recent
-    events, has :class:`~torchrec_sid.side.pools.HistoryPools` too.
+    (:class:`~torchrec_sid.models.target_attention.HistoryConfig`) a
+    :class:`~torchrec_sid.side.code_space_attention.CodeSpaceAttention` and parameter-free similarity
+    features, which compare the candidate with what the user liked, read the packed SIDs. The first window,
+    the most recent events, has :class:`~torchrec_sid.side.pools.HistoryPools` too.
 
     Args:
         basis: the frozen decoder of the SIDs.

@@ -17,7 +17,7 @@ from torchrec_sid.models.channels import Arm, ItemInputs, arm_named
 from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain
 from torchrec_sid.models.embedder import Embedder, SideEmbedder, SumOfEmbedders
 from torchrec_sid.models.encoder import EncoderConfig, HistoryEncoder
-from torchrec_sid.models.history import HistoryConfig, TargetAttention
+from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import SidPieces

@@ -2,6 +2,7 @@
 
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.checkpoint_files import CheckpointInfo
+from torchrec_sid.parallel.embedding_tables import find_tables, table_parameters
 from torchrec_sid.parallel.initialise import initialise_tables
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import load_plan, save_plan
@@ -16,7 +17,6 @@ from torchrec_sid.parallel.planner_file import load_planner_config, save_planner
 from torchrec_sid.parallel.planning import PlannedModel, make_plan, measure_feature_lengths
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
 from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
-from torchrec_sid.parallel.tables import find_tables, table_parameters
 
 __all__ = [
     "CheckpointInfo",

@@ -17,9 +17,9 @@ from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.parallel.embedding_tables import Table, find_tables
 from torchrec_sid.parallel.planner_config import PlannerConfig, TableConstraint
 from torchrec_sid.parallel.sharders import CPU_DEFAULT_TYPES, CpuBagSharder, CpuSequenceSharder
-from torchrec_sid.parallel.tables import Table, find_tables
 
 PINNABLE_TYPES = ("table_wise", "column_wise")
 """Types whose shards may be confined to some ranks; the others use every rank, or every rank of a node."""

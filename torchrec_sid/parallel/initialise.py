@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.parallel.tables import LocalShard, Table, local_shards
+from torchrec_sid.parallel.embedding_tables import LocalShard, Table, local_shards
 
 # Elements of one block. Part of the definition of the weights: changing it changes every model.
 _BLOCK_ELEMENTS = 1 << 20
@@ -29,7 +29,7 @@ def initialise_tables(model: nn.Module, tables: Mapping[str, Table], seed: int) 
 
     Args:
         model: sharded (``DistributedModelParallel``) or not.
-        tables: of the unsharded model, from :func:`~torchrec_sid.parallel.tables.find_tables`.
+        tables: of the unsharded model, from :func:`~torchrec_sid.parallel.embedding_tables.find_tables`.
         seed: any integer.
     """
     weights = model.state_dict()

@@ -26,7 +26,7 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.parallel.checkpoint_files import read_checkpoint
-from torchrec_sid.parallel.tables import find_tables
+from torchrec_sid.parallel.embedding_tables import find_tables
 
 LAYOUT_VERSION = 1
 _ENUMS = {"bounds_check_mode": BoundsCheckMode, "output_dtype": DataType}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torchrec_sid.parallel.tables import Table
+from torchrec_sid.parallel.embedding_tables import Table
 
 
 @dataclass(frozen=True)

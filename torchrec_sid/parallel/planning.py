@@ -30,6 +30,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.constraints import match_constraints, model_pooling_factors, resolve_constraints
+from torchrec_sid.parallel.embedding_tables import Table, find_tables, table_parameters
 from torchrec_sid.parallel.pinning import PinningPartitioner
 from torchrec_sid.parallel.plan_summary import PlanSummary, summarise
 from torchrec_sid.parallel.planner_config import PlannerConfig, TopologyConfig
@@ -37,7 +38,6 @@ from torchrec_sid.parallel.presets import node_preset
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.reservation import make_reservation
 from torchrec_sid.parallel.sharders import sid_sharders
-from torchrec_sid.parallel.tables import Table, find_tables, table_parameters
 
 _GIB = 2**30
 _PROPOSERS = {

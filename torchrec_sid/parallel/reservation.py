@@ -17,8 +17,8 @@ from torchrec.distributed.planner.storage_reservations import (
 )
 from torchrec.distributed.planner.types import Topology
 
+from torchrec_sid.parallel.embedding_tables import Table
 from torchrec_sid.parallel.planner_config import PlannerConfig
-from torchrec_sid.parallel.tables import Table
 
 _GIB = 2**30
 

@@ -17,6 +17,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.buffers import dense_buffer_names, move_buffers, synchronise_buffers
+from torchrec_sid.parallel.embedding_tables import Table, find_tables, table_parameters
 from torchrec_sid.parallel.hybrid import shard_hybrid
 from torchrec_sid.parallel.initialise import initialise_tables
 from torchrec_sid.parallel.optimizer import TableOptimizer
@@ -26,7 +27,6 @@ from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.planning import make_plan
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharders import sid_sharders
-from torchrec_sid.parallel.tables import Table, find_tables, table_parameters
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Diagnostics of Semantic IDs: error, usage, collisions, and how alike items of one prefix are."""
 
 from torchrec_sid.quality.measure import measure_quality
-from torchrec_sid.quality.report import LevelQuality, PrefixQuality, QualityReport, Verdict
+from torchrec_sid.quality.quality_report import LevelQuality, PrefixQuality, QualityReport, Verdict
 from torchrec_sid.quality.sharing import SharingMeter
 
 __all__ = [

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
-from torchrec_sid.quality.report import LevelQuality, QualityReport, judge
+from torchrec_sid.quality.quality_report import LevelQuality, QualityReport, judge
 from torchrec_sid.quality.sharing import SharingMeter
-from torchrec_sid.quantizers.interface import Quantizer
-from torchrec_sid.quantizers.stream import EmbeddingStream, open_stream
+from torchrec_sid.quantizers.base import Quantizer
+from torchrec_sid.streams import EmbeddingStream, open_stream
 
 
 @torch.no_grad()

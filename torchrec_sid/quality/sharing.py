@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quality.report import PrefixQuality
-from torchrec_sid.quality.tables import CountTable, VectorTable, prefix_keys
+from torchrec_sid.quality.keyed_sums import CountTable, VectorTable, prefix_keys
+from torchrec_sid.quality.quality_report import PrefixQuality
 from torchrec_sid.spec import SidSpec
 
 _MAX_DEPTHS = 8

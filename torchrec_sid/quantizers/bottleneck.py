@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torchrec_sid.errors import SidError
 from torchrec_sid.quantizers.alphabet import RoundDigits
 from torchrec_sid.quantizers.beam import beam_search
+from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.dpca_encode import code_tables, encode_digits
 from torchrec_sid.quantizers.dpca_fit import DigitMoments, best_decoder
 from torchrec_sid.quantizers.kmeans import assign, sum_by_code
-from torchrec_sid.quantizers.ranks import Ranks
 from torchrec_sid.seeding import derived_generator
 
 _TINY = 1e-30
@@ -229,7 +229,7 @@ class Bottleneck(nn.Module):
         return z_hat
 
     @torch.no_grad()
-    def follow(self, z: Tensor, output: BottleneckOutput, ranks: Ranks, seed: int) -> int:
+    def follow(self, z: Tensor, output: BottleneckOutput, ranks: Collectives, seed: int) -> int:
         """After a training step: move averages and codewords, reset dead codes; returns how many.
 
         A collective call; every rank ends with the same bits.
@@ -299,7 +299,9 @@ class Bottleneck(nn.Module):
         self.basis[part] = (decoder.directions * decoder.scales[:, None]).float()
 
     @torch.no_grad()
-    def _reset(self, level: int, output: BottleneckOutput, rows: float, ranks: Ranks, seed: int) -> int:
+    def _reset(
+        self, level: int, output: BottleneckOutput, rows: float, ranks: Collectives, seed: int
+    ) -> int:
         count, total = self.get_buffer(f"count_{level}"), self.get_buffer(f"total_{level}")
         mean = rows / self.sizes[level]
         dead = ((count < self.config.reset_below * mean) & (count > 0)).nonzero().squeeze(1)

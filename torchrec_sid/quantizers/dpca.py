@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
 from torchrec_sid.quantizers.alphabet import RoundDigits
+from torchrec_sid.quantizers.base import FitReport, Quantizer
 from torchrec_sid.quantizers.beam import beam_search
 from torchrec_sid.quantizers.dpca_encode import code_tables, encode_digits, gram_similarity
 from torchrec_sid.quantizers.dpca_fit import (
@@ -23,11 +24,10 @@ from torchrec_sid.quantizers.dpca_fit import (
     residual_covariance,
 )
 from torchrec_sid.quantizers.dpca_stages import Stage, codebook_stage, tied_stage
-from torchrec_sid.quantizers.interface import FitReport, Quantizer
 from torchrec_sid.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from torchrec_sid.quantizers.sample import stream_moments
-from torchrec_sid.quantizers.stream import EmbeddingData, EmbeddingStream, open_stream
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.streams import EmbeddingData, EmbeddingStream, open_stream
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class DiscretePca(Quantizer):
         ``sample_rows * d`` floats, one batch, and ``d^2`` doubles.
 
         Raises:
-            SidError: bad data (see :func:`~torchrec_sid.quantizers.stream.open_stream`), another
+            SidError: bad data (see :func:`~torchrec_sid.streams.open_stream`), another
                 dimension than ``dim``.
         """
         began = time.perf_counter()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchrec_sid.quantizers.alphabet import RoundDigits, lloyd_max_scale
 from torchrec_sid.quantizers.dpca_stages import tied_stage
-from torchrec_sid.quantizers.stream import EmbeddingStream
+from torchrec_sid.streams import EmbeddingStream
 
 _DENSE_EIGEN_DIM = 512
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchrec_sid.artifact import load_artifact, save_artifact
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckOutput
-from torchrec_sid.quantizers.ranks import Ranks
-from torchrec_sid.quantizers.shuffle import Position, Rows, ShuffledBatches
+from torchrec_sid.quantizers.collectives import Collectives
+from torchrec_sid.quantizers.shuffle import Rows, ShuffledBatches, ShufflePosition
 from torchrec_sid.quantizers.usage import CollapseError, UsageMonitor, live_readout
 
 _KIND = "gradient_fit"
@@ -97,7 +97,7 @@ class FitOptions:
     checkpoint_every: int = 500
     """Steps between writes of that file."""
 
-    def resumes(self, ranks: Ranks) -> bool:
+    def resumes(self, ranks: Collectives) -> bool:
         """Whether there is something to continue from; rank 0 decides."""
         return ranks.agree(self.checkpoint is not None and Path(self.checkpoint).is_file())
 
@@ -110,7 +110,7 @@ def train(
     rows: int,
     config: TrainingConfig,
     seed: int,
-    ranks: Ranks,
+    ranks: Collectives,
     options: FitOptions,
 ) -> None:
     """Train a model from its start, or from its checkpoint, for the epochs of its configuration.
@@ -158,7 +158,7 @@ class GradientFit:
         config: TrainingConfig,
         *,
         steps: int,
-        ranks: Ranks,
+        ranks: Collectives,
         seed: int,
     ) -> None:
         self._trainee, self._batches, self._config = trainee, batches, config
@@ -296,7 +296,7 @@ class GradientFit:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._step = int(saved.config["step"])
-        self._batches.position = Position(*saved.config["position"])
+        self._batches.position = ShufflePosition(*saved.config["position"])
         self._best_error = float(saved.config["best_error"])
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.stream import check_batch
 from torchrec_sid.seeding import derived_generator
+from torchrec_sid.streams import check_batch
 
 
 def sample_impressed(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torchrec_sid.artifact import read_manifest
 from torchrec_sid.errors import ArtifactError
-from torchrec_sid.quantizers.interface import Quantizer
+from torchrec_sid.quantizers.base import Quantizer
 
 _KINDS = {
     "residual_kmeans": ("residual_kmeans", "ResidualKMeans"),
     "rq_vae": ("rq_vae", "RqVae"),
     "discrete_pca": ("dpca", "DiscretePca"),
-    "vq_fusion": ("vq_fusion", "VqFusion"),
+    "vq_fusion": ("fusion.vq_fusion", "VqFusion"),
 }
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
+from torchrec_sid.quantizers.base import FitReport, Quantizer
 from torchrec_sid.quantizers.beam import beam_search
-from torchrec_sid.quantizers.interface import FitReport, Quantizer
 from torchrec_sid.quantizers.kmeans import ClusterSums, assign, cluster_sums, fit_centroids
 from torchrec_sid.quantizers.sample import RowSample
-from torchrec_sid.quantizers.stream import EmbeddingStream, open_stream
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.streams import EmbeddingStream, open_stream
 
 _CHUNK = 4096
 
@@ -127,7 +127,7 @@ class ResidualKMeans(Quantizer):
         """Learn the codebooks, one level after the other.
 
         Args:
-            data: anything :func:`~torchrec_sid.quantizers.stream.open_stream` takes; a stream longer
+            data: anything :func:`~torchrec_sid.streams.open_stream` takes; a stream longer
                 than ``buffer_rows`` is read ``1 + passes * levels`` times.
             progress: show a bar.
 
@@ -194,7 +194,7 @@ class ResidualKMeans(Quantizer):
         """Embeddings ``[N, d]`` float -> codes ``[N, L]`` int64 on the quantizer's device.
 
         Args:
-            x: anything :func:`~torchrec_sid.quantizers.stream.open_stream` takes; read in batches.
+            x: anything :func:`~torchrec_sid.streams.open_stream` takes; read in batches.
             beam: hypotheses kept per level. 1 is greedy; 5 to 16 lower the error by some percent at
                 several times the cost and seldom change level 1.
 

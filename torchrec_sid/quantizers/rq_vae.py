@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.quantizers.base import FitReport, Quantized, Quantizer
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
 from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.dpca_fit import top_directions
 from torchrec_sid.quantizers.gradient_fit import (
     FitOptions,
@@ -27,14 +29,12 @@ from torchrec_sid.quantizers.gradient_fit import (
     trainable,
 )
 from torchrec_sid.quantizers.gradients import GradientName, pass_gradient
-from torchrec_sid.quantizers.interface import FitReport, Quantized, Quantizer
 from torchrec_sid.quantizers.networks import LinearPlusMlp
-from torchrec_sid.quantizers.ranks import Ranks
 from torchrec_sid.quantizers.sample import StreamMoments, stream_moments
 from torchrec_sid.quantizers.shuffle import Rows
-from torchrec_sid.quantizers.stream import EmbeddingData, EmbeddingStream, open_stream
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.streams import EmbeddingData, EmbeddingStream, open_stream
 
 _WIDEST_LATENT = 512
 _MEASURED_ROWS = 4096
@@ -159,7 +159,7 @@ class RqVae(Quantizer):
         """Train from embeddings; the same data, seed and number of processes give the same quantizer.
 
         Args:
-            data: anything :func:`~torchrec_sid.quantizers.stream.open_stream` takes; read once per epoch,
+            data: anything :func:`~torchrec_sid.streams.open_stream` takes; read once per epoch,
                 once before and once after.
             progress: show a bar with loss, usage and perplexity per level; they are logged as well.
             checkpoint: file from which an interrupted fit continues, with the result it would have had.
@@ -173,7 +173,7 @@ class RqVae(Quantizer):
             ArtifactError: the checkpoint belongs to another fit.
         """
         began = time.perf_counter()
-        ranks, options = Ranks(group), FitOptions(progress, checkpoint, checkpoint_every)
+        ranks, options = Collectives(group), FitOptions(progress, checkpoint, checkpoint_every)
         stream = open_stream(data)
         self._check_dim(stream.dim, stream.name)
 
@@ -202,13 +202,13 @@ class RqVae(Quantizer):
         fvu = self._measure_levels(own, ranks, variance * moments.rows)
         return FitReport(moments.rows, time.perf_counter() - began, fvu)
 
-    def _moments(self, own: EmbeddingStream, ranks: Ranks) -> StreamMoments:
+    def _moments(self, own: EmbeddingStream, ranks: Collectives) -> StreamMoments:
         rows = max(1, self.config.buffer_rows // ranks.size)
         moments = stream_moments(own, sample_rows=rows, seed=self.config.seed, device=self.mean.device)
         return ranks.merge_moments(moments)
 
     @torch.no_grad()
-    def _start(self, moments: StreamMoments, ranks: Ranks) -> None:
+    def _start(self, moments: StreamMoments, ranks: Collectives) -> None:
         """Encoder and decoder are the PCA, the codebooks residual k-means of its coordinates."""
         variance = float(moments.covariance.trace())
         self.mean.copy_(moments.mean)
@@ -300,7 +300,7 @@ class RqVae(Quantizer):
             )
 
     @torch.no_grad()
-    def _measure_levels(self, own: EmbeddingStream, ranks: Ranks, total: float) -> tuple[float, ...]:
+    def _measure_levels(self, own: EmbeddingStream, ranks: Collectives, total: float) -> tuple[float, ...]:
         """Fraction of the variance unexplained after each level, over the rows of all ranks."""
         error = torch.zeros(self.spec.levels, dtype=torch.float64, device=self.mean.device)
         for batch in own:

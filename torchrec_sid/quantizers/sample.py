@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_sid.quantizers.stream import EmbeddingStream
 from torchrec_sid.seeding import derived_generator
+from torchrec_sid.streams import EmbeddingStream
 
 
 class StreamMoments(NamedTuple):

@@ -14,7 +14,7 @@ Rows = tuple[Tensor, ...]
 """Aligned tensors, the same number of rows each."""
 
 
-class Position(NamedTuple):
+class ShufflePosition(NamedTuple):
     """Where a run over the data stands; all that a checkpoint needs."""
 
     pass_index: int
@@ -27,8 +27,8 @@ class ShuffledBatches:
     """Endless shuffled batches from a stream that is read anew in each pass.
 
     A buffer of rows is filled, permuted and cut into batches; the permutation depends on the seed, the
-    pass and the place alone, so that a run continued at a :class:`Position` sees what it would have seen.
-    The last batch of a pass may be smaller.
+    pass and the place alone, so that a run continued at a :class:`ShufflePosition` sees what it
+    would have seen. The last batch of a pass may be smaller.
 
     Args:
         start: starts a pass over aligned tensors.
@@ -44,16 +44,16 @@ class ShuffledBatches:
         self._batch_size = batch_size
         self._buffer_rows = max(buffer_rows, batch_size)
         self._seed = seed
-        self.position = Position(0, 0)
+        self.position = ShufflePosition(0, 0)
 
     def __iter__(self) -> Iterator[Rows]:
         while True:
             skip = self.position.batch
             for index, batch in enumerate(self._one_pass(self.position.pass_index)):
                 if index >= skip:
-                    self.position = Position(self.position.pass_index, index + 1)
+                    self.position = ShufflePosition(self.position.pass_index, index + 1)
                     yield batch
-            self.position = Position(self.position.pass_index + 1, 0)
+            self.position = ShufflePosition(self.position.pass_index + 1, 0)
 
     def _one_pass(self, pass_index: int) -> Iterator[Rows]:
         for place, (rows, last) in enumerate(self._buffers()):

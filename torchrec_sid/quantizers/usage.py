@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.ranks import Ranks
+from torchrec_sid.quantizers.collectives import Collectives
 
 logger = logging.getLogger(__name__)
 _LEAST_PERPLEXITY = 1.2
@@ -58,7 +58,7 @@ class UsageMonitor:
             fresh if self._counts is None else [a + b for a, b in zip(self._counts, fresh, strict=True)]
         )
 
-    def read(self, ranks: Ranks, step: int) -> UsageReading:
+    def read(self, ranks: Collectives, step: int) -> UsageReading:
         """Usage over all ranks since the last call, which starts a new window.
 
         Raises:

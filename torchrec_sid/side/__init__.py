@@ -1,7 +1,7 @@
 """SIDE: parameter-free features of a SID, and attention over histories of packed codes."""
 
-from torchrec_sid.side.attention import CodeSpaceAttention, CodeSpaceAttentionConfig
 from torchrec_sid.side.basis import FrozenBasis, as_bytes
+from torchrec_sid.side.code_space_attention import CodeSpaceAttention, CodeSpaceAttentionConfig
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
 from torchrec_sid.side.history import HistoryBatch, HistoryStore
 from torchrec_sid.side.pools import HistoryPools

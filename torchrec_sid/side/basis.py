@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.side.layout import FeatureLayout, spec_layout
+from torchrec_sid.side.event_layout import FeatureLayout, spec_layout
 from torchrec_sid.spec import SidSpec
 
 if TYPE_CHECKING:
-    from torchrec_sid.quantizers.interface import Quantizer
+    from torchrec_sid.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchrec_sid.artifact import load_artifact
 from torchrec_sid.errors import ArtifactError, SidError
-from torchrec_sid.side.layout import spec_layout
+from torchrec_sid.side.event_layout import spec_layout
 from torchrec_sid.spec import SidSpec
 
 KIND, SEGMENT_KIND, VERSION = "sid_history", "sid_history_segment", 1

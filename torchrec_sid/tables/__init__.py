@@ -12,7 +12,7 @@ from torchrec_sid.tables.schemes import (
     Scheme,
     SentencePiece,
 )
-from torchrec_sid.tables.side import Side
+from torchrec_sid.tables.side_scheme import Side
 from torchrec_sid.tables.tokenizer import SidTokenizer, Tokens
 from torchrec_sid.tables.transform import SidTransform
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_sid.tables.layout import Output
-from torchrec_sid.tables.side import SideVectors
+from torchrec_sid.tables.side_scheme import SideVectors
 
 
 class CombineBags(nn.Module):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchrec_sid.hashing import hash_rows_
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.catalog_map import CatalogMap
-from torchrec_sid.tables.hashing import hash_rows_
 from torchrec_sid.tables.pieces import SidPieces
 from torchrec_sid.tables.slots import Column, Slot
 from torchrec_sid.tables.tokenizer import SidTokenizer, Tokens

@@ -23,7 +23,7 @@ from torchrec_sid.tables.layout_checks import (
     resolve_spec,
 )
 from torchrec_sid.tables.schemes import HashedId, SentencePiece, TableScheme
-from torchrec_sid.tables.side import Side, SideVectors
+from torchrec_sid.tables.side_scheme import Side, SideVectors
 from torchrec_sid.tables.slots import Slot
 from torchrec_sid.tables.transform import Route
 
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     counts_key: str = ""
     """Key with the rows of each item, where they vary."""
     side: str = ""
-    """Name of the :class:`~torchrec_sid.tables.side.SideVectors` that makes it without a table."""
+    """Name of the :class:`~torchrec_sid.tables.side_scheme.SideVectors` that makes it without a table."""
 
 
 @dataclass(frozen=True)

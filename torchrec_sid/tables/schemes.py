@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.hashing import splitmix64
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.hashing import splitmix64
 from torchrec_sid.tables.pieces import SidPieces
-from torchrec_sid.tables.side import Side
+from torchrec_sid.tables.side_scheme import Side
 from torchrec_sid.tables.slots import MAX_ROWS, Column, Slot, place
 
 

@@ -6,8 +6,8 @@ from math import prod
 from typing import NamedTuple
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.hashing import splitmix64
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.hashing import splitmix64
 
 MAX_ROWS = 2**31 - 1
 """Most rows that one table can have: what the hash can address exactly."""

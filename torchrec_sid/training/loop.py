@@ -22,7 +22,7 @@ from torchrec_sid.metrics import SLICES, SlicedMetrics, SliceMetrics
 from torchrec_sid.models.dlrm import RankingOutput, by_task
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
-from torchrec_sid.training.progress import TrainingProgress
+from torchrec_sid.training.progress_line import TrainingProgress
 
 logger = logging.getLogger(__name__)
 

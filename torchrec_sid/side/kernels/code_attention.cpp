@@ -14,7 +14,7 @@ constexpr int kChunkFloats = 4096;  // scores held at a time: 16 KiB, half a fir
 constexpr int kWide = 16;           // floats per step where events need not be told apart
 typedef Lanes<kWide>::F Wide;
 
-struct Problem {
+struct AttentionProblem {
   Layout layout;
   const float* query;        // [users, rows, features]
   const int64_t* offsets;    // [users + 1]
@@ -46,7 +46,7 @@ class Worker {
   static constexpr int kChunk = kChunkFloats / L;  // events
 
  public:
-  Worker(const Problem& problem, float* scratch, int tables) : p_(problem), coder_(problem.layout) {
+  Worker(const AttentionProblem& problem, float* scratch, int tables) : p_(problem), coder_(problem.layout) {
     const int64_t size = Coder<L>::table_floats(p_.layout.count);
     scores_ = scratch;
     grads_ = scores_ + kChunkFloats;
@@ -246,7 +246,7 @@ class Worker {
     }
   }
 
-  const Problem& p_;
+  const AttentionProblem& p_;
   Coder<L> coder_;
   float *scores_, *grads_, *sums_, *table_[2], *transposed_[2];
 };
@@ -254,7 +254,7 @@ class Worker {
 // Run `work(worker, block)` over every block of L rows, on several threads, longest histories first.
 // With whole_users a user's blocks stay on one thread, which may then add into per-event results.
 template <int L, typename Work>
-void run(const Problem& p, int tables, bool whole_users, Work work) {
+void run(const AttentionProblem& p, int tables, bool whole_users, Work work) {
   const int64_t blocks = (p.rows + L - 1) / L;
   const int64_t items = whole_users ? p.users : p.users * blocks;
   const int64_t work_size = (p.offsets[p.users] + 50 * p.users) * p.layout.count * blocks;
@@ -270,7 +270,7 @@ void run(const Problem& p, int tables, bool whole_users, Work work) {
 }
 
 template <typename Work>
-void dispatch(const Problem& p, int tables, bool whole_users, Work work) {
+void dispatch(const AttentionProblem& p, int tables, bool whole_users, Work work) {
   if (p.rows <= 4) return run<4>(p, tables, whole_users, work);
   if (p.rows <= 8) return run<8>(p, tables, whole_users, work);
   return run<16>(p, tables, whole_users, work);
@@ -286,11 +286,11 @@ int64_t sid_attention_scratch(int64_t columns, int64_t features, int64_t rows, i
   return 2 * kChunkFloats + ((1 + tables) * columns * kRows + tables * features) * lanes;
 }
 
-void sid_attention_forward(const Problem* p, const ForwardOut* out) {
+void sid_attention_forward(const AttentionProblem* p, const ForwardOut* out) {
   dispatch(*p, 1, false, [&](auto& worker, const Block& block) { worker.forward(block, *out); });
 }
 
-void sid_attention_backward(const Problem* p, const BackwardArgs* args) {
+void sid_attention_backward(const AttentionProblem* p, const BackwardArgs* args) {
   dispatch(*p, 2, args->grad_bias != nullptr,
            [&](auto& worker, const Block& block) { worker.backward(block, *args); });
 }

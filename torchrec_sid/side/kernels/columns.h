@@ -17,13 +17,13 @@ constexpr int kMaxDigits = 8;  // a byte holds at most 8 binary digits
 // time, the running ones in the unused rows from kCarry on, so that rounding does not grow with the history.
 constexpr int kFew = 64, kCarry = 128;
 
-struct Column {
+struct EventColumn {
   int32_t start, values, width, radices[kMaxDigits];  // width 0: one-hot
 };
 
 struct Layout {
   const uint8_t* events;     // [events, count]
-  const Column* columns;     // [count]
+  const EventColumn* columns;     // [count]
   const float* digits;       // [count or 1, 256, digit_width], NaN outside the alphabet; for digit columns
   int64_t count, features, digit_width, digits_shared;
 };
@@ -67,7 +67,7 @@ class Coder {
       return;
     }
     for (int64_t c = 0; c < l_.count; c++) {
-      const Column& column = l_.columns[c];
+      const EventColumn& column = l_.columns[c];
       float* t = row(table, c, 0);
       if (!column.width) {
         for (int v = 0; v < column.values; v++) store<L>(t + v * L, feature(rows, column.start + v));
@@ -163,7 +163,7 @@ class Coder {
       return;
     }
     for (int64_t c = 0; c < l_.count; c++) {
-      const Column& column = l_.columns[c];
+      const EventColumn& column = l_.columns[c];
       float* h = row(sums, c, column.values <= kFew ? kCarry : 0);
       if (!column.width) {
         for (int v = 0; v < column.values; v++) put(out, rows, column.start + v, load<L>(h + v * L) * scale);
@@ -235,7 +235,7 @@ class Coder {
     for (int i = 0; i < n; i++, e += l_.count) {
       F s = base;
       for (int64_t c = 0, rank = 0; c < l_.count; c++) {
-        const Column& column = l_.columns[c];
+        const EventColumn& column = l_.columns[c];
         const float* a = transposed + column.start * L;
         if (!column.width) {
           s += e[c] < column.values ? load<L>(a + e[c] * L)
@@ -254,7 +254,7 @@ class Coder {
     for (int i = 0; i < n; i++, e += l_.count) {
       const F w = load<L>(weights + i * L);
       for (int64_t c = 0, rank = 0; c < l_.count; c++) {
-        const Column& column = l_.columns[c];
+        const EventColumn& column = l_.columns[c];
         float* z = sums + column.start * L;
         if (!column.width) {
           if (e[c] < column.values) store<L>(z + e[c] * L, load<L>(z + e[c] * L) + w);

@@ -8,9 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from torchrec_sid.side.kernels.build import c_fields, load_library
-from torchrec_sid.side.kernels.problem import Gradients, Output, Problem
-from torchrec_sid.side.layout import FeatureLayout
+from torchrec_sid.side.event_layout import FeatureLayout
+from torchrec_sid.side.kernels.compiler import c_fields, load_library
+from torchrec_sid.side.kernels.problem import AttentionOutput, AttentionProblem, Gradients
 
 _MAX_DIGITS = 8
 
@@ -37,7 +37,7 @@ class _BackwardArgs(ctypes.Structure):
     _fields_ = c_fields("grad_z grad_total z total peak grad_query grad_offset grad_bias")
 
 
-def unavailable(problem: Problem) -> str:
+def unavailable(problem: AttentionProblem) -> str:
     """Why the compiled kernel cannot compute this problem; empty if it can."""
     if problem.query.device.type != "cpu":
         return "the tensors are not on the CPU"
@@ -48,8 +48,8 @@ def unavailable(problem: Problem) -> str:
     return load_library().reason
 
 
-def forward(problem: Problem) -> Output:
-    """See :class:`Problem`; its lengths have been checked against the events."""
+def forward(problem: AttentionProblem) -> AttentionOutput:
+    """See :class:`AttentionProblem`; its lengths have been checked against the events."""
     query = problem.query
     # The kernel leaves alone what has no events, and the padding of digit columns.
     z = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -58,10 +58,12 @@ def forward(problem: Problem) -> Output:
     call = _Call(problem, tables=1)
     out = _ForwardOut(z.data_ptr(), total.data_ptr(), peak.data_ptr())
     call.library.sid_attention_forward(ctypes.byref(call.struct), ctypes.byref(out))
-    return Output(z, total, peak)
+    return AttentionOutput(z, total, peak)
 
 
-def backward(grad_z: Tensor, grad_total: Tensor, problem: Problem, out: Output) -> Gradients:
+def backward(
+    grad_z: Tensor, grad_total: Tensor, problem: AttentionProblem, out: AttentionOutput
+) -> Gradients:
     """Gradients of the forward pass."""
     query, bias = problem.query, problem.bias
     grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -82,7 +84,7 @@ def backward(grad_z: Tensor, grad_total: Tensor, problem: Problem, out: Output) 
 class _Call:
     """The C structure of a problem, and the tensors it points into."""
 
-    def __init__(self, problem: Problem, tables: int) -> None:
+    def __init__(self, problem: AttentionProblem, tables: int) -> None:
         library = load_library().library
         assert library is not None  # `unavailable` was asked first
         self.library = library

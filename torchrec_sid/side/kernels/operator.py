@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.side.event_layout import FeatureLayout
 from torchrec_sid.side.kernels import cpu, plain
-from torchrec_sid.side.kernels.problem import Gradients, Output, Problem, check_lengths, check_shapes
-from torchrec_sid.side.layout import FeatureLayout
+from torchrec_sid.side.kernels.problem import (
+    AttentionOutput,
+    AttentionProblem,
+    Gradients,
+    check_lengths,
+    check_shapes,
+)
 
 Backend = Literal["auto", "torch", "cpu", "triton", "triton_bf16"]
 BACKENDS = ("auto", "torch", "cpu", "triton", "triton_bf16")
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
-def choose_backend(problem: Problem, backend: str) -> str:
+def choose_backend(problem: AttentionProblem, backend: str) -> str:
     """Resolve ``auto``, and refuse a backend that cannot compute the problem.
 
     Raises:
@@ -44,7 +50,7 @@ def choose_backend(problem: Problem, backend: str) -> str:
     return backend
 
 
-def _triton_unavailable(problem: Problem) -> str:
+def _triton_unavailable(problem: AttentionProblem) -> str:
     try:
         from torchrec_sid.side.kernels import triton_attention
     except ImportError as error:
@@ -61,10 +67,10 @@ def _problem(
     layout: str,
     heads: int,
     activation: str,
-) -> Problem:
+) -> AttentionProblem:
     if activation not in ACTIVATIONS:
         raise SidError("activation", repr(activation), f"Choose one of {', '.join(ACTIVATIONS)}.")
-    problem = Problem(
+    problem = AttentionProblem(
         query, events, lengths, offset, bias, FeatureLayout.parse(layout), heads, activation == "softmax"
     )
     check_shapes(problem)
@@ -84,7 +90,7 @@ def code_attention(
     backend: str,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of query rows over packed events: returns the fields of :class:`Output`.
+    """Attention of query rows over packed events: returns the fields of :class:`AttentionOutput`.
 
     Args:
         query: ``[U, M, F]`` float32 or float64.
@@ -118,7 +124,7 @@ def code_attention(
     return out.z, out.total, out.peak
 
 
-def _run_forward(problem: Problem, backend: str, lengths: list[int]) -> Output:
+def _run_forward(problem: AttentionProblem, backend: str, lengths: list[int]) -> AttentionOutput:
     if backend == "torch":
         return plain.forward(problem, lengths)
     if backend == "cpu":
@@ -164,7 +170,7 @@ def code_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to query, offset and bias (empty where there is no bias)."""
     problem = _problem(query, events, lengths, offset, bias, layout, heads, activation)
-    name, out = choose_backend(problem, backend), Output(z, total, peak)
+    name, out = choose_backend(problem, backend), AttentionOutput(z, total, peak)
     if not query.is_cuda:
         check_lengths(lengths.tolist(), len(events))
     grads: Gradients

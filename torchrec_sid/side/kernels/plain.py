@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_sid.side.kernels.problem import Gradients, Output, Problem
+from torchrec_sid.side.kernels.problem import AttentionOutput, AttentionProblem, Gradients
 from torchrec_sid.side.kernels.ragged import Tile, group_users, tiles
 
 # Floats that a tile may hold: near the size of a second-level cache, where a sweep over tile sizes at
@@ -28,15 +28,15 @@ class _Features(NamedTuple):
     """Per one-hot column ``[g, n]`` int64."""
 
 
-def tile_events(problem: Problem) -> int:
+def tile_events(problem: AttentionProblem) -> int:
     """Events per tile."""
     layout = problem.layout
     floats = layout.digit_features + 2 * len(layout.one_hot_columns) + 2 * problem.query.shape[1]
     return max(64, _TILE_FLOATS // max(1, floats))
 
 
-def forward(problem: Problem, lengths: list[int]) -> Output:
-    """See :class:`Problem`; ``lengths`` is ``problem.lengths`` on the host."""
+def forward(problem: AttentionProblem, lengths: list[int]) -> AttentionOutput:
+    """See :class:`AttentionProblem`; ``lengths`` is ``problem.lengths`` on the host."""
     query = problem.query
     z = torch.zeros_like(query)
     total = query.new_zeros(query.shape[:2])
@@ -57,11 +57,11 @@ def forward(problem: Problem, lengths: list[int]) -> Output:
         if state is not None:
             peak[at], total[at], summed = state
             z[at] = summed / state[1].clamp_min(torch.finfo(z.dtype).tiny).unsqueeze(-1)
-    return Output(z, total, peak)
+    return AttentionOutput(z, total, peak)
 
 
 def backward(
-    grad_z: Tensor, grad_total: Tensor, problem: Problem, out: Output, lengths: list[int]
+    grad_z: Tensor, grad_total: Tensor, problem: AttentionProblem, out: AttentionOutput, lengths: list[int]
 ) -> Gradients:
     """Gradients of the forward pass; weights are recomputed, tile by tile."""
     query, bias, heads = problem.query, problem.bias, problem.heads
@@ -98,7 +98,7 @@ def backward(
     return Gradients(grad_query, grad_offset, grad_bias)
 
 
-def _read(problem: Problem, tile: Tile) -> _Features:
+def _read(problem: AttentionProblem, tile: Tile) -> _Features:
     layout, events = problem.layout, tile.read(problem.events)
     return _Features(
         layout.expand_digits(events, problem.query.dtype),
@@ -106,7 +106,7 @@ def _read(problem: Problem, tile: Tile) -> _Features:
     )
 
 
-def _dot(problem: Problem, features: _Features, query: Tensor) -> Tensor:
+def _dot(problem: AttentionProblem, features: _Features, query: Tensor) -> Tensor:
     """``query: [g, M, F]`` times the features of a tile -> ``[g, M, n]``."""
     layout = problem.layout
     scores = query[..., : layout.digit_features] @ features.phi.transpose(1, 2)
@@ -117,7 +117,7 @@ def _dot(problem: Problem, features: _Features, query: Tensor) -> Tensor:
     return scores
 
 
-def _collect(problem: Problem, features: _Features, weights: Tensor) -> Tensor:
+def _collect(problem: AttentionProblem, features: _Features, weights: Tensor) -> Tensor:
     """``weights: [g, M, n]`` times the features of a tile -> ``[g, M, F]``."""
     layout = problem.layout
     parts = [weights @ features.phi]
@@ -127,7 +127,7 @@ def _collect(problem: Problem, features: _Features, weights: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
-def _scores(problem: Problem, tile: Tile, features: _Features, query: Tensor) -> Tensor:
+def _scores(problem: AttentionProblem, tile: Tile, features: _Features, query: Tensor) -> Tensor:
     scores = _dot(problem, features, query)
     if problem.offset is not None:
         scores += problem.offset[tile.group.user_index].unsqueeze(-1)
@@ -141,7 +141,10 @@ def _scores(problem: Problem, tile: Tile, features: _Features, query: Tensor) ->
 
 
 def _advance(
-    state: tuple[Tensor, Tensor, Tensor] | None, problem: Problem, features: _Features, scores: Tensor
+    state: tuple[Tensor, Tensor, Tensor] | None,
+    problem: AttentionProblem,
+    features: _Features,
+    scores: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of the running softmax: (largest score so far, sum of weights, weighted sum of features)."""
     peak = scores.amax(-1)

@@ -1,4 +1,4 @@
-"""`Problem`: the inputs of one code-space attention call, checked once, read by every backend."""
+"""`AttentionProblem`: the inputs of one code-space attention call, checked once, read by every backend."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.side.layout import FeatureLayout
+from torchrec_sid.side.event_layout import FeatureLayout
 
 
-class Problem(NamedTuple):
+class AttentionProblem(NamedTuple):
     """Inputs of the forward pass; U users, M = candidates x heads rows, E events, F features.
 
     With ``phi_i`` the features of event i (see ``FeatureLayout``), every row of a user's query scores
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     """False: sigmoid weights, not normalised."""
 
 
-class Output(NamedTuple):
+class AttentionOutput(NamedTuple):
     """Result of the forward pass."""
 
     z: Tensor
@@ -55,10 +55,10 @@ class Gradients(NamedTuple):
     offset: Tensor
     """``[U, M]``."""
     bias: Tensor | None
-    """Like :attr:`Problem.bias`, where that was given."""
+    """Like :attr:`AttentionProblem.bias`, where that was given."""
 
 
-def check_shapes(problem: Problem) -> None:
+def check_shapes(problem: AttentionProblem) -> None:
     """Refuse shapes and types that no backend could read; looks at no value.
 
     Raises:

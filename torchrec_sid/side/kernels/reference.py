@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchrec_sid.side.attention import CodeSpaceAttention
 from torchrec_sid.side.basis import FrozenBasis
+from torchrec_sid.side.code_space_attention import CodeSpaceAttention
 
 
 def decode_then_attend(

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from torchrec_sid.side.kernels.build import c_fields, load_library
+from torchrec_sid.side.kernels.compiler import c_fields, load_library
 from torchrec_sid.side.kernels.similarity_problem import SimilarityProblem
 
 _LANES = 16

@@ -19,9 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
+from torchrec_sid.side.event_layout import FeatureLayout
 from torchrec_sid.side.kernels import triton_kernels, triton_merge
-from torchrec_sid.side.kernels.problem import Gradients, Output, Problem
-from torchrec_sid.side.layout import FeatureLayout
+from torchrec_sid.side.kernels.problem import AttentionOutput, AttentionProblem, Gradients
 
 _MAX_FEATURES = 256
 # Work items per multiprocessor to aim for, so that the last ones to finish do not idle the rest.
@@ -62,7 +62,7 @@ def choose_tiles(rows: int, features: int) -> Tiles:
     return Tiles(16, 16, block_f, 8)
 
 
-def unavailable(problem: Problem) -> str:
+def unavailable(problem: AttentionProblem) -> str:
     """Why the Triton kernels cannot compute this problem; empty if they can."""
     if not (problem.query.is_cuda or _interpreted()):
         return "the tensors are not on a GPU"
@@ -75,8 +75,8 @@ def unavailable(problem: Problem) -> str:
     return ""
 
 
-def forward(problem: Problem, splits: int = 3, tiles: Tiles | None = None) -> Output:
-    """See :class:`Problem`.
+def forward(problem: AttentionProblem, splits: int = 3, tiles: Tiles | None = None) -> AttentionOutput:
+    """See :class:`AttentionProblem`.
 
     Args:
         problem: the inputs.
@@ -90,7 +90,7 @@ def forward(problem: Problem, splits: int = 3, tiles: Tiles | None = None) -> Ou
     part_total, part_peak = query.new_empty(2, plan.items, rows).unbind()
     z, total, peak = torch.empty_like(query), query.new_empty(users, rows), query.new_empty(users, rows)
     if not query.numel():
-        return Output(z, total, peak)
+        return AttentionOutput(z, total, peak)
     inputs = _inputs(problem, query, plan)
     triton_kernels.attention_forward[(plan.items, plan.row_blocks)](
         *inputs,
@@ -119,14 +119,14 @@ def forward(problem: Problem, splits: int = 3, tiles: Tiles | None = None) -> Ou
         block_m=plan.tiles.block_m,
         block_f=plan.tiles.block_f,
     )
-    return Output(z, total, peak)
+    return AttentionOutput(z, total, peak)
 
 
 def backward(
     grad_z: Tensor,
     grad_total: Tensor,
-    problem: Problem,
-    out: Output,
+    problem: AttentionProblem,
+    out: AttentionOutput,
     splits: int = 3,
     tiles: Tiles | None = None,
 ) -> Gradients:
@@ -182,7 +182,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _plan(problem: Problem, tiles: Tiles | None) -> _Plan:
+def _plan(problem: AttentionProblem, tiles: Tiles | None) -> _Plan:
     users, rows, features = problem.query.shape
     events, device = problem.events.shape[0], problem.query.device
     tiles = tiles or choose_tiles(rows, features)
@@ -204,7 +204,7 @@ def _plan(problem: Problem, tiles: Tiles | None) -> _Plan:
     return _Plan(offsets, item_starts, items, row_blocks, chunk, steps, tiles)
 
 
-def _inputs(problem: Problem, query: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+def _inputs(problem: AttentionProblem, query: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
     bias = problem.bias
     return (
         query,
@@ -217,7 +217,7 @@ def _inputs(problem: Problem, query: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
     )
 
 
-def _constants(problem: Problem, plan: _Plan, splits: int) -> dict[str, Any]:
+def _constants(problem: AttentionProblem, plan: _Plan, splits: int) -> dict[str, Any]:
     return {
         "columns": problem.events.shape[1],
         "radix": _radix(problem.layout),

@@ -30,7 +30,7 @@ from torchrec_sid.artifact import save_artifact, write_atomically, write_json
 from torchrec_sid.errors import SidError
 from torchrec_sid.serving.quantized import Precision, quantize_tables
 from torchrec_sid.serving.request import Inputs, Request
-from torchrec_sid.serving.served import EXAMPLE, EXAMPLE_KIND, KIND, MANIFEST, PROGRAM, VERSION
+from torchrec_sid.serving.served_model import EXAMPLE, EXAMPLE_KIND, KIND, MANIFEST, PROGRAM, VERSION
 
 
 @dataclass(frozen=True)

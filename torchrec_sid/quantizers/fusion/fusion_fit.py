@@ -11,19 +11,19 @@ from torch import Tensor
 from torchrec_sid.errors import SidError
 from torchrec_sid.quantizers.bottleneck import BottleneckOutput
 from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.dpca_fit import top_directions
-from torchrec_sid.quantizers.fusion_data import FusionData
-from torchrec_sid.quantizers.fusion_heads import info_nce, source_errors
+from torchrec_sid.quantizers.fusion.heads import info_nce, source_errors
+from torchrec_sid.quantizers.fusion.source_rows import FusionData
 from torchrec_sid.quantizers.gradient_fit import FitOptions, Step, Trainee, all_tensors, train, trainable
 from torchrec_sid.quantizers.gradients import pass_gradient
-from torchrec_sid.quantizers.ranks import Ranks
 from torchrec_sid.quantizers.sample import StreamMoments, stream_moments
 from torchrec_sid.quantizers.shuffle import Rows
-from torchrec_sid.quantizers.stream import EmbeddingStream
 from torchrec_sid.seeding import derived_generator
+from torchrec_sid.streams import EmbeddingStream
 
 if TYPE_CHECKING:
-    from torchrec_sid.quantizers.vq_fusion import VqFusion
+    from torchrec_sid.quantizers.fusion.vq_fusion import VqFusion
 
 _MEASURED_ROWS = 4096
 
@@ -41,7 +41,7 @@ class FusionFit:
         SidError: pairs of another shape, or outside the data.
     """
 
-    def __init__(self, model: VqFusion, data: FusionData, pairs: Tensor | None, ranks: Ranks) -> None:
+    def __init__(self, model: VqFusion, data: FusionData, pairs: Tensor | None, ranks: Collectives) -> None:
         self._model, self._data, self._pairs, self._ranks = model, data, pairs, ranks
         self._weights = torch.tensor(
             [source.weight for source in model.sources.values()], device=model.inputs.mean.device

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.fusion_sources import CategorySource, Source
-from torchrec_sid.quantizers.stream import EmbeddingStream, check_batch, open_stream
+from torchrec_sid.quantizers.fusion.sources import CategorySource, Source
+from torchrec_sid.streams import EmbeddingStream, check_batch, open_stream
 
 _ROWS = 8192
 
@@ -32,7 +32,7 @@ class FusionData:
 
     Args:
         data: by source name. An embedding is anything
-            :func:`~torchrec_sid.quantizers.stream.open_stream` takes; a category ``[N]`` integers (-1 is
+            :func:`~torchrec_sid.streams.open_stream` takes; a category ``[N]`` integers (-1 is
             missing) or ``[N, classes]`` probabilities, as tensor, array or ``.npy`` file.
         sources: what the columns mean.
         present: by source name ``[N]`` bool, where rows of that source are missing; their values are
@@ -41,7 +41,7 @@ class FusionData:
     Raises:
         SidError: an unknown source, different numbers of rows, a row without any source; in a pass, a
             label outside the classes, probabilities that are negative or do not sum to 1, or what
-            :func:`~torchrec_sid.quantizers.stream.open_stream` refuses.
+            :func:`~torchrec_sid.streams.open_stream` refuses.
     """
 
     def __init__(

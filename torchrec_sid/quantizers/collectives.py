@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec_sid.quantizers.sample import StreamMoments
 
 
-class Ranks:
+class Collectives:
     """The processes that fit together; without a group, one process and no communication.
 
     Every method is collective: all ranks call it in the same order with the same shapes (except

@@ -72,7 +72,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, data: Any, *, progress: bool = False) -> FitReport:
-        """Learn from embeddings: anything :func:`~torchrec_sid.quantizers.stream.open_stream` takes."""
+        """Learn from embeddings: anything :func:`~torchrec_sid.streams.open_stream` takes."""
 
     @abstractmethod
     def encode(self, x: Any, *, beam: int = 1) -> Tensor:

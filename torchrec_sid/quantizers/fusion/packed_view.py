@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.fusion_config import VqFusionConfig
-from torchrec_sid.quantizers.fusion_sources import CategorySource
-from torchrec_sid.quantizers.interface import Quantizer
-from torchrec_sid.quantizers.stream import open_stream
+from torchrec_sid.quantizers.base import Quantizer
+from torchrec_sid.quantizers.fusion.fusion_config import VqFusionConfig
+from torchrec_sid.quantizers.fusion.sources import CategorySource
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.streams import open_stream
 
 if TYPE_CHECKING:
-    from torchrec_sid.quantizers.vq_fusion import VqFusion
+    from torchrec_sid.quantizers.fusion.vq_fusion import VqFusion
 
 
 class PackedView(Quantizer):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrec_sid.quantizers.fusion_sources import CategorySource, SourcePart
+from torchrec_sid.quantizers.fusion.sources import CategorySource, SourcePart
 
 if TYPE_CHECKING:
-    from torchrec_sid.quantizers.vq_fusion import VqFusion
+    from torchrec_sid.quantizers.fusion.vq_fusion import VqFusion
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class FusionMeter:
 
     @torch.no_grad()
     def add(self, raw: Tensor, *, beam: int = 1) -> None:
-        """Measure rows of :class:`~torchrec_sid.quantizers.fusion_data.FusionData`."""
+        """Measure rows of :class:`~torchrec_sid.quantizers.fusion.source_rows.FusionData`."""
         fusion = self._fusion
         packed = fusion.pack(raw)
         z = fusion.latents(packed)

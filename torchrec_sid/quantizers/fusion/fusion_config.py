@@ -1,4 +1,4 @@
-"""The configuration of :class:`~torchrec_sid.quantizers.vq_fusion.VqFusion`."""
+"""The configuration of :class:`~torchrec_sid.quantizers.fusion.vq_fusion.VqFusion`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchrec_sid.artifact import folder_lock, write_atomically
 from torchrec_sid.catalog import manifest as manifests
 from torchrec_sid.catalog.manifest import Manifest
-from torchrec_sid.catalog.parts import Part, open_part
+from torchrec_sid.catalog.parts import CatalogPart, open_part
 from torchrec_sid.catalog.writer import Ids, as_pairs, check_ids, write_parts
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.spec import SidSpec
@@ -46,7 +46,7 @@ class SidCatalog:
         [[3, 0], [1, 2]]
     """
 
-    def __init__(self, path: Path, manifest: Manifest, parts: tuple[Part, ...]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, parts: tuple[CatalogPart, ...]) -> None:
         self.path = path
         self.parts = parts
         self.spec = SidSpec(manifest.cardinalities)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.ranks import Ranks
+from torchrec_sid.quantizers.collectives import Collectives
 
 _TINY = 1e-12
 
@@ -122,7 +122,7 @@ class FusionInputs(nn.Module):
         return self.dim + len(self.widths)
 
     @torch.no_grad()
-    def fit(self, raw: Iterable[Tensor], ranks: Ranks) -> int:
+    def fit(self, raw: Iterable[Tensor], ranks: Collectives) -> int:
         """Learn the statistics from one pass over raw rows ``[n, D + K]``; returns how many there were.
 
         Raises:

@@ -12,24 +12,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.quantizers.base import FitReport, Quantizer
 from torchrec_sid.quantizers.bottleneck import Bottleneck
-from torchrec_sid.quantizers.fusion_config import VqFusionConfig
-from torchrec_sid.quantizers.fusion_data import FusionData
-from torchrec_sid.quantizers.fusion_fit import FusionFit
-from torchrec_sid.quantizers.fusion_heads import FusionHeads
-from torchrec_sid.quantizers.fusion_report import FusionMeter, SourceReport
-from torchrec_sid.quantizers.fusion_sources import (
+from torchrec_sid.quantizers.collectives import Collectives
+from torchrec_sid.quantizers.fusion.fusion_config import VqFusionConfig
+from torchrec_sid.quantizers.fusion.fusion_fit import FusionFit
+from torchrec_sid.quantizers.fusion.fusion_report import FusionMeter, SourceReport
+from torchrec_sid.quantizers.fusion.heads import FusionHeads
+from torchrec_sid.quantizers.fusion.packed_view import PackedView
+from torchrec_sid.quantizers.fusion.source_rows import FusionData
+from torchrec_sid.quantizers.fusion.sources import (
     CategorySource,
     FusionInputs,
     Source,
     source_from_json,
     source_to_json,
 )
-from torchrec_sid.quantizers.fusion_view import PackedView
 from torchrec_sid.quantizers.gradient_fit import FitOptions
-from torchrec_sid.quantizers.interface import FitReport, Quantizer
 from torchrec_sid.quantizers.networks import LinearPlusMlp
-from torchrec_sid.quantizers.ranks import Ranks
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
 
@@ -150,7 +150,7 @@ class VqFusion(Quantizer):
         began = time.perf_counter()
         options = FitOptions(progress, checkpoint, checkpoint_every)
         opened = FusionData(data, self.sources, present)
-        fit = FusionFit(self, opened, pairs, Ranks(group))
+        fit = FusionFit(self, opened, pairs, Collectives(group))
         fit.run(options)
         self.fitted.fill_(True)
         return FitReport(fit.rows, time.perf_counter() - began, fit.level_errors())

@@ -25,7 +25,7 @@ from torchrec_sid.spec import SidSpec
 
 
 @dataclass(frozen=True)
-class Column:
+class EventColumn:
     """One column of an event.
 
     Args:
@@ -42,14 +42,14 @@ class Column:
         return bool(self.radices)
 
 
-def digits_column(radices: tuple[int, ...]) -> Column:
+def digits_column(radices: tuple[int, ...]) -> EventColumn:
     """A column of mixed-radix digits, e.g. ``(3, 3, 3, 3, 3)``."""
-    return Column(tuple(radices), prod(radices))
+    return EventColumn(tuple(radices), prod(radices))
 
 
-def one_hot_column(values: int) -> Column:
+def one_hot_column(values: int) -> EventColumn:
     """A column that indexes ``values`` rows of a table."""
-    return Column((), values)
+    return EventColumn((), values)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class FeatureLayout:
         [[1.0, 0.0, 0.0, 0.0, 1.0, 0.0]]
     """
 
-    columns: tuple[Column, ...]
+    columns: tuple[EventColumn, ...]
 
     @cached_property
     def text(self) -> str:

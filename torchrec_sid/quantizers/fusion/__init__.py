@@ -1,0 +1,1 @@
+"""One Semantic ID from several embeddings and categories."""
