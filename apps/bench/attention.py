@@ -29,14 +29,14 @@ from apps.bench.attention_systems import (
     dense_bf16_sdpa,
     inference,
     lookup_mha,
+    project_and_attend,
     train_step,
 )
 from torchrec_sid.artifact import write_json
 from torchrec_sid.progress import track
-from torchrec_sid.side.kernels import cpu, plain
+from torchrec_sid.side.kernels import attention_cpu, attention_torch
+from torchrec_sid.side.kernels.attention_problem import AttentionProblem
 from torchrec_sid.side.kernels.compiler import load_library
-from torchrec_sid.side.kernels.problem import AttentionProblem
-from torchrec_sid.side.kernels.reference import decode_then_attend
 
 PASSES = ("forward", "forward+backward")
 GROUPS = ("main", "lengths", "long", "users", "candidates", "dims", "digits", "ragged", "kernel")
@@ -103,11 +103,12 @@ def systems(w: Workload, config: BenchConfig) -> list[System]:
 
 
 def reference(w: Workload, users: int) -> tuple[Tensor, Tensor]:
-    """Output and gradient of the candidates in float64, for the first users."""
-    attention = w.module("auto").cpu().double()
-    lengths = w.lengths[:users].cpu()
+    """Output and gradient of the candidates for the first users: decode, project, SDPA, all in float64."""
+    shape = w.shape
+    vectors = w.basis.decode(w.codes[: users * shape.length]).double().view(users, shape.length, -1)
+    projections = tuple(layer.cpu().double() for layer in w.projections())
     candidates = w.candidates[:users].cpu().double().requires_grad_()
-    out = decode_then_attend(attention, w.basis, candidates, w.codes[: int(lengths.sum())], lengths)
+    out = project_and_attend(candidates, vectors, projections, shape.heads)
     upstream = torch.ones_like(out)
     upstream[..., ::2] = -1
     return out.detach(), torch.autograd.grad(out, candidates, upstream)[0]
@@ -192,13 +193,13 @@ def measure_kernel(config: BenchConfig) -> list[dict[str, Any]]:
         layout, lengths = w.attention.layout, w.lengths.tolist()
         query = torch.randn(shape.users, shape.heads, layout.num_features)
         problem = AttentionProblem(query, w.history, w.lengths, None, None, layout, shape.heads, True)
-        out = cpu.forward(problem)
+        out = attention_cpu.forward(problem)
         grad, none = torch.randn_like(out.z), torch.zeros_like(out.total)
         works: dict[tuple[str, str], Callable[[], object]] = {
-            ("cpu", "forward"): partial(cpu.forward, problem),
-            ("torch", "forward"): partial(plain.forward, problem, lengths),
-            ("cpu", "backward"): partial(cpu.backward, grad, none, problem, out),
-            ("torch", "backward"): partial(plain.backward, grad, none, problem, out, lengths),
+            ("cpu", "forward"): partial(attention_cpu.forward, problem),
+            ("torch", "forward"): partial(attention_torch.forward, problem, lengths),
+            ("cpu", "backward"): partial(attention_cpu.backward, grad, none, problem, out),
+            ("torch", "backward"): partial(attention_torch.backward, grad, none, problem, out, lengths),
         }
         for count in sorted({1, threads}):
             torch.set_num_threads(count)

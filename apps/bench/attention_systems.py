@@ -141,7 +141,7 @@ def dense_bf16_sdpa(w: Workload) -> System:
 
     def forward(candidates: Tensor) -> Tensor:
         x = w.dense(F.embedding(w.ids, table))
-        return _project_and_attend(candidates.bfloat16(), x, (q, k, v, o), shape.heads).float()
+        return project_and_attend(candidates.bfloat16(), x, (q, k, v, o), shape.heads).float()
 
     return System("dense_bf16_sdpa", forward, _parameters(q, k, v, o), 8 + 2 * shape.dims)
 
@@ -172,7 +172,7 @@ def decode_sdpa(w: Workload) -> System:
 
     def forward(candidates: Tensor) -> Tensor:
         x = w.dense(layout.expand_digits(w.history) @ rows)
-        return _project_and_attend(candidates, x, (q, k, v, o), shape.heads)
+        return project_and_attend(candidates, x, (q, k, v, o), shape.heads)
 
     return System("decode_sdpa", forward, _parameters(q, k, v, o), w.spec.nbytes)
 
@@ -187,9 +187,10 @@ def code_space(w: Workload, backend: str) -> System:
     return System(f"code_space_{backend}", forward, list(module.parameters()), w.spec.nbytes)
 
 
-def _project_and_attend(
+def project_and_attend(
     candidates: Tensor, x: Tensor, projections: tuple[nn.Linear, ...], heads: int
 ) -> Tensor:
+    """Multi-head attention of candidates ``[B, m, d]`` over ``x: [B, L, d]``, in the type of ``x``."""
     q, k, v, o = ((layer.weight.to(x.dtype), layer.bias) for layer in projections)
 
     def split(values: Tensor) -> Tensor:

@@ -1,21 +1,18 @@
-"""Side and similarity features and the history store: `python -m apps.bench.side [--quick] --json FILE`.
+"""Side and similarity features: `python -m apps.bench.side [--quick] --json FILE`.
 
 Rivals: for side features, one learned 3-row table per digit through an EmbeddingBagCollection of the same
-width; for similarity features, decoding every event and pooling padded cosines in PyTorch; for the store,
-dense embeddings in bfloat16 read the same way.
+width; for similarity features, decoding every event and pooling padded cosines in PyTorch.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +21,6 @@ from torchrec_sid import SidSpec
 from torchrec_sid.artifact import write_json
 from torchrec_sid.side import (
     FrozenBasis,
-    HistoryStore,
     SideFeatures,
     SideFeaturesConfig,
     SimilarityConfig,
@@ -137,44 +133,6 @@ def _decode_and_pool(
     )
 
 
-def history(config: SideBenchConfig) -> list[dict[str, Any]]:
-    """64 users x 10^4 events out of a store of 1,000 users, against 384 bfloat16 numbers per event."""
-    length, users = 10_000, 100 if config.quick else 1000
-    generator = np.random.default_rng(config.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        sids = torch.from_numpy(generator.integers(0, 243, (users * length, 5), dtype=np.uint8))
-        store = HistoryStore.create(Path(folder) / "store", SidSpec((3,) * 25))
-        store = store.append(torch.arange(users), torch.full((users,), length), sids)
-        size = sum(file.stat().st_size for file in (Path(folder) / "store").iterdir())
-        wanted = torch.from_numpy(generator.choice(users, 64, replace=False))
-        # Few users, read over and over, so that the dense file stays small: in its favour.
-        dense = np.lib.format.open_memmap(
-            str(Path(folder) / "dense.npy"), mode="w+", dtype=np.uint16, shape=(8 * length, 384)
-        )
-        dense[:] = 1
-
-        def read_dense() -> Tensor:
-            out = torch.empty(64 * length, 384, dtype=torch.uint16)
-            for i in range(64):
-                begin = i % 8 * length
-                out[i * length : (i + 1) * length] = torch.from_numpy(dense[begin : begin + length])
-            return out
-
-        works = {"packed_sids": lambda: store.read(wanted), "dense_bf16": read_dense}
-        times = alternate(works, _rounds(config), CPU)
-        return [
-            {
-                "system": name,
-                "users": 64,
-                "length": length,
-                "ms": times[name],
-                "peak_mb": peak_mb(works[name], CPU),
-                "bytes_per_event": size / (users * length) if name == "packed_sids" else 768.0,
-            }
-            for name in works
-        ]
-
-
 def _basis(digits: int, dims: int, generator: torch.Generator) -> tuple[SidSpec, FrozenBasis]:
     spec = SidSpec((3,) * digits)
     return spec, FrozenBasis.from_digits(spec, torch.randn(digits, dims, generator=generator))
@@ -201,7 +159,7 @@ def main() -> None:
 
     config = parse_config(SideBenchConfig, __doc__)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")
-    report = {"features": features(config), "similarity": similarity(config), "history": history(config)}
+    report = {"features": features(config), "similarity": similarity(config)}
     for name, rows in report.items():
         print(f"\n{name}")
         for row in rows:

@@ -28,7 +28,7 @@ from apps.bench.attention_systems import (
     train_step,
 )
 from torchrec_sid.side.kernels import triton_attention
-from torchrec_sid.side.kernels.problem import AttentionProblem
+from torchrec_sid.side.kernels.attention_problem import AttentionProblem
 from torchrec_sid.side.kernels.triton_attention import Tiles, choose_tiles
 
 Work = Callable[[], object]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from tests.side.decode_then_attend import decode_then_attend
 from torchrec_sid import SidSpec
 from torchrec_sid.side import CodeSpaceAttention, CodeSpaceAttentionConfig, EventTermsConfig, FrozenBasis
-from torchrec_sid.side.kernels.reference import decode_then_attend
 
 SPECS = {
     "trits": (3,) * 12,

@@ -8,7 +8,7 @@ import torch
 from tests.side.attention_cases import SPECS, assert_equal, make_case
 from torchrec_sid import SidError
 from torchrec_sid.side import EventTermsConfig
-from torchrec_sid.side.kernels.problem import AttentionProblem
+from torchrec_sid.side.kernels.attention_problem import AttentionProblem
 
 # The whole of Triton has to be imported under the variable.
 assert os.environ["TRITON_INTERPRET"] == "1"

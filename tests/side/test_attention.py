@@ -218,7 +218,7 @@ def test_compile_and_export_keep_one_operator_and_the_result() -> None:
 
 
 def test_operator_passes_the_library_checks() -> None:
-    from torchrec_sid.side.kernels.operator import code_attention
+    from torchrec_sid.side.kernels.attention_operator import code_attention
 
     case = make_case(lengths=(4, 0, 6), bias=2)
     layout = case.attention.layout

@@ -8,9 +8,9 @@ import torch
 
 from tests.side.attention_cases import make_case
 from torchrec_sid import SidError
+from torchrec_sid.side.kernels import attention_cpu
 from torchrec_sid.side.kernels import compiler as build
-from torchrec_sid.side.kernels import cpu
-from torchrec_sid.side.kernels.problem import AttentionProblem
+from torchrec_sid.side.kernels.attention_problem import AttentionProblem
 
 # What a process that has not called it yet would do.
 load = build.load_library.__wrapped__
@@ -44,7 +44,7 @@ def test_without_a_compiler_plain_pytorch_computes_the_same(
             patch.setenv(variable, value)
             built = load()
             assert built.library is None
-            patch.setattr(cpu, "load_library", lambda built=built: built)
+            patch.setattr(attention_cpu, "load_library", lambda built=built: built)
             found, _ = case.measured()
             with pytest.raises(SidError, match=f"'cpu' cannot be used: .*{message}"):
                 make_case(backend="cpu").measured()
@@ -63,8 +63,8 @@ def test_threads_change_no_bit() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            out = cpu.forward(problem)
-            results.append((*out, *cpu.backward(grad_z, torch.zeros(5, 40), problem, out)))
+            out = attention_cpu.forward(problem)
+            results.append((*out, *attention_cpu.backward(grad_z, torch.zeros(5, 40), problem, out)))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:

@@ -7,16 +7,14 @@ import pytest
 
 
 @pytest.mark.parametrize("page", ["side.md", "code_space_attention.md"])
-def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(page: str) -> None:
     text = (Path(__file__).parents[2] / "docs" / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
-    monkeypatch.chdir(tmp_path)
     for block in blocks:
         names: dict[str, object] = {}
         exec(compile(block, page, "exec"), names)
         if "features" in names:
             assert names["features"].shape == (2, len(names["similarity"].names))  # type: ignore[attr-defined]
-            assert names["batch"].lengths.tolist() == [2, 0, 2]  # type: ignore[attr-defined]
         else:
             assert names["out"].shape == (2, 5, 32)  # type: ignore[attr-defined]

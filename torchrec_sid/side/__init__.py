@@ -3,7 +3,6 @@
 from torchrec_sid.side.basis import FrozenBasis, as_bytes
 from torchrec_sid.side.code_space_attention import CodeSpaceAttention, CodeSpaceAttentionConfig
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
-from torchrec_sid.side.history import HistoryBatch, HistoryStore
 from torchrec_sid.side.pools import HistoryPools
 from torchrec_sid.side.similarity import SimilarityConfig, SimilarityFeatures
 from torchrec_sid.side.terms import EventTerms, EventTermsConfig
@@ -14,9 +13,7 @@ __all__ = [
     "EventTerms",
     "EventTermsConfig",
     "FrozenBasis",
-    "HistoryBatch",
     "HistoryPools",
-    "HistoryStore",
     "SideFeatures",
     "SideFeaturesConfig",
     "SimilarityConfig",

@@ -19,7 +19,7 @@ from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.side.event_layout import event_columns
-from torchrec_sid.side.kernels.problem import check_lengths
+from torchrec_sid.side.kernels.attention_problem import check_lengths
 from torchrec_sid.side.kernels.similarity_operator import similarity_features
 
 # exp(-2 t) must stay a normal float32, which spares a search for the maximum.

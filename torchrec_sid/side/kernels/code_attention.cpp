@@ -1,4 +1,4 @@
-// Code-space attention over packed bytes on the CPU; the mathematics is that of problem.py.
+// Code-space attention over packed bytes on the CPU; the mathematics is that of attention_problem.py.
 //
 // Rows of the query (candidates x heads) are handled L at a time, one per vector lane; a block of rows of one
 // user goes through the history once, with a running softmax over chunks of events.

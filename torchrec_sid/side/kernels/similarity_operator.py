@@ -9,11 +9,11 @@ from torch import Tensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.kernels import similarity_cpu
-from torchrec_sid.side.kernels.problem import check_lengths
+from torchrec_sid.side.kernels.attention_problem import check_lengths
 from torchrec_sid.side.kernels.ragged import Tile, group_users, tiles
 from torchrec_sid.side.kernels.similarity_problem import SimilarityProblem
 
-# Floats that a tile may hold, as in plain.py.
+# Floats that a tile may hold, as in attention_torch.py.
 _TILE_FLOATS = 1 << 19
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchrec_sid.side.event_layout import FeatureLayout
 from torchrec_sid.side.kernels import triton_kernels, triton_merge
-from torchrec_sid.side.kernels.problem import AttentionOutput, AttentionProblem, Gradients
+from torchrec_sid.side.kernels.attention_problem import AttentionOutput, AttentionProblem, Gradients
 
 _MAX_FEATURES = 256
 # Work items per multiprocessor to aim for, so that the last ones to finish do not idle the rest.

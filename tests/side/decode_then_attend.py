@@ -1,7 +1,4 @@
-"""The slow, obvious meaning of code-space attention: decode every event, then attend.
-
-Used by tests and benchmarks; works in float64 and is differentiable.
-"""
+"""The slow, obvious meaning of code-space attention: decode every event, then attend; differentiable."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_sid.side.kernels.problem import AttentionOutput, AttentionProblem, Gradients
+from torchrec_sid.side.kernels.attention_problem import AttentionOutput, AttentionProblem, Gradients
 from torchrec_sid.side.kernels.ragged import Tile, group_users, tiles
 
 # Floats that a tile may hold: near the size of a second-level cache, where a sweep over tile sizes at

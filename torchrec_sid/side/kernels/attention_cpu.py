@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.side.event_layout import FeatureLayout
+from torchrec_sid.side.kernels.attention_problem import AttentionOutput, AttentionProblem, Gradients
 from torchrec_sid.side.kernels.compiler import c_fields, load_library
-from torchrec_sid.side.kernels.problem import AttentionOutput, AttentionProblem, Gradients
 
 _MAX_DIGITS = 8
 

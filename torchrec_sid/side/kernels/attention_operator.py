@@ -13,8 +13,8 @@ from torch import Tensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.event_layout import FeatureLayout
-from torchrec_sid.side.kernels import cpu, plain
-from torchrec_sid.side.kernels.problem import (
+from torchrec_sid.side.kernels import attention_cpu, attention_torch
+from torchrec_sid.side.kernels.attention_problem import (
     AttentionOutput,
     AttentionProblem,
     Gradients,
@@ -36,7 +36,7 @@ def choose_backend(problem: AttentionProblem, backend: str) -> str:
     # Asked for one by one: the Triton answer imports Triton, the CPU one may compile.
     reasons = {
         "torch": lambda problem: "",
-        "cpu": cpu.unavailable,
+        "cpu": attention_cpu.unavailable,
         "triton": _triton_unavailable,
         "triton_bf16": _triton_unavailable,
     }
@@ -126,9 +126,9 @@ def code_attention(
 
 def _run_forward(problem: AttentionProblem, backend: str, lengths: list[int]) -> AttentionOutput:
     if backend == "torch":
-        return plain.forward(problem, lengths)
+        return attention_torch.forward(problem, lengths)
     if backend == "cpu":
-        return cpu.forward(problem)
+        return attention_cpu.forward(problem)
     from torchrec_sid.side.kernels import triton_attention
 
     return triton_attention.forward(problem, splits=1 if backend == "triton_bf16" else 3)
@@ -175,9 +175,9 @@ def code_attention_backward(
         check_lengths(lengths.tolist(), len(events))
     grads: Gradients
     if name == "torch":
-        grads = plain.backward(grad_z, grad_total, problem, out, lengths.tolist())
+        grads = attention_torch.backward(grad_z, grad_total, problem, out, lengths.tolist())
     elif name == "cpu":
-        grads = cpu.backward(grad_z, grad_total, problem, out)
+        grads = attention_cpu.backward(grad_z, grad_total, problem, out)
     else:
         from torchrec_sid.side.kernels import triton_attention
 
