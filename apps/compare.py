@@ -17,13 +17,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from apps.cli import parse_config, plain_errors
-from apps.launch import launch_training
-from apps.learn_sids import LearnedSids, SidRecipe, learn_sids, sid_options
-from apps.report import markdown_table, summarise_arm, terminal_table, write_report
-from apps.rundir import git_commit
-from apps.runs import claim_run
-from apps.train_config import TrainConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
@@ -31,6 +24,14 @@ from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import ARMS, arm_named
 from torchrec_sid.quantizers import ResidualKMeansConfig, VqFusionConfig
 from torchrec_sid.tables.pieces import PieceTrainerConfig
+
+from .cli import parse_config, plain_errors
+from .launch import launch_training
+from .learn_sids import LearnedSids, SidRecipe, learn_sids, sid_options
+from .report import markdown_table, summarise_arm, terminal_table, write_report
+from .rundir import git_commit
+from .runs import claim_run
+from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)

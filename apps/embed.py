@@ -17,11 +17,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import Normalizer
 
-from apps.cli import parse_config, plain_errors
 from torchrec_sid.artifact import write_atomically
 from torchrec_sid.data.parquet import open_parquet
 from torchrec_sid.data.schema import ITEMS
 from torchrec_sid.errors import SidError
+
+from .cli import parse_config, plain_errors
 
 Array = np.ndarray[Any, Any]
 

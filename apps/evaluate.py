@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from apps.cli import parse_config
-from apps.failure import one_message
-from apps.rundir import set_up_logging
-from apps.session import open_session, start_processes
-from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import ArtifactError, SidError
+
+from .cli import parse_config
+from .failure import one_message
+from .rundir import set_up_logging
+from .session import open_session, start_processes
+from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apps.cli import parse_config, plain_errors
-from apps.item_sids import build_run, open_item_sids
-from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.data.prepared import PreparedLog
@@ -37,6 +34,10 @@ from torchrec_sid.serving.exporter import ExportOptions, ExportReport, Program, 
 from torchrec_sid.serving.quantized import Precision
 from torchrec_sid.serving.request import Bags, Request
 from torchrec_sid.serving.served_model import ServedModel
+
+from .cli import parse_config, plain_errors
+from .item_sids import build_run, open_item_sids
+from .train_config import TrainConfig
 
 _EXAMPLE_ROWS = 64
 _ROOT = Path(__file__).resolve().parents[1]

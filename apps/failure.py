@@ -19,8 +19,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from apps.rundir import rank_log
 from torchrec_sid.errors import SidError
+
+from .rundir import rank_log
 
 _KEY = "torchrec_sid/failures"
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.train_config import TrainConfig
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import LogFolder
@@ -20,6 +19,8 @@ from torchrec_sid.quantizers import Quantizer, VqFusion, load_quantizer
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.tables.pieces import SidPieces
+
+from .train_config import TrainConfig
 
 UNKNOWN = -1
 """Packed SID of the item that the tables know nothing of."""

@@ -12,8 +12,9 @@ import yaml
 from torchx.runner import get_runner
 from torchx.specs import AppState
 
-from apps.train_config import TrainConfig
 from torchrec_sid.errors import SidError
+
+from .train_config import TrainConfig
 
 _COMPONENT = str(Path(__file__).with_name("components.py")) + ":train"
 _POLL_SECONDS = 0.3

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.quantize_content import Content, fit_fusion
-from apps.quantize_report import plot_quality
 from torchrec_sid.artifact import write_json
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
@@ -26,6 +24,9 @@ from torchrec_sid.quantizers import (
 )
 from torchrec_sid.quantizers.impressions import sample_impressed
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
+
+from .quantize_content import Content, fit_fusion
+from .quantize_report import plot_quality
 
 
 @dataclass(frozen=True)

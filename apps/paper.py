@@ -23,22 +23,23 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from apps.cli import parse_config, plain_errors
-from apps.launch import write_options
-from apps.learn_sids import LearnedSids, learn_sids, sid_options
-from apps.paper_report import paper_report, paper_table, write_paper
-from apps.recipes import TABLES, PaperTable, Row
-from apps.rundir import git_commit, set_up_logging
-from apps.runs import claim_run
-from apps.session import start_processes
-from apps.train import train
-from apps.train_config import TABLE_OPTIMIZER, TrainConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.channels import arm_named
 from torchrec_sid.parallel.optimizer import TableOptimizer
+
+from .cli import parse_config, plain_errors
+from .launch import write_options
+from .learn_sids import LearnedSids, learn_sids, sid_options
+from .paper_report import paper_report, paper_table, write_paper
+from .recipes import TABLES, PaperTable, Row
+from .rundir import git_commit, set_up_logging
+from .runs import claim_run
+from .session import start_processes
+from .train import train
+from .train_config import TABLE_OPTIMIZER, TrainConfig
 
 
 @dataclass(frozen=True)

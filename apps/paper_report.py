@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.table import Table
 
-from apps.plots import plot_gains
-from apps.recipes import PaperTable
-from apps.session import PREDICTIONS
 from torchrec_sid.artifact import load_artifact, write_atomically, write_json
 from torchrec_sid.data.prepared import PreparedLog
+
+from .plots import plot_gains
+from .recipes import PaperTable
+from .session import PREDICTIONS
 
 _SLICES = ("all", "cold", "head", "torso", "tail")
 _COLUMNS = (

@@ -18,11 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from apps.cli import parse_config, plain_errors
-from apps.plan_arms import PlanInputs, build_arm, check_arm
-from apps.plan_compare import compare_arms
-from apps.plan_report import plan_page, side_by_side_table
-from apps.session import mean_history
 from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
@@ -39,6 +34,12 @@ from torchrec_sid.parallel.wire import wire_bytes
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import SidPieces
 from torchrec_sid.tables.tokenizer import SidTokenizer
+
+from .cli import parse_config, plain_errors
+from .plan_arms import PlanInputs, build_arm, check_arm
+from .plan_compare import compare_arms
+from .plan_report import plan_page, side_by_side_table
+from .session import mean_history
 
 
 @dataclass(frozen=True)

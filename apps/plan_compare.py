@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from apps.plan_arms import PLAN_ARMS, ArmPlanInput, PlanInputs, build_arm
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.embedding_tables import find_tables, table_parameters
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig, TableConstraint
 from torchrec_sid.parallel.planning import PlannedModel, make_plan
 from torchrec_sid.parallel.wire import wire_bytes
+
+from .plan_arms import PLAN_ARMS, ArmPlanInput, PlanInputs, build_arm
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Clusters that are tried, smallest first: whole nodes from 8 on."""

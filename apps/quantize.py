@@ -28,9 +28,6 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from apps.cli import parse_config, plain_errors
-from apps.quantize_content import Array, Content, fit_fusion, item_stream
-from apps.quantize_report import describe, examples_by_prefix, write_report
 from torchrec_sid.catalog import DriftReport, SidCatalog, add_last_digit, measure_drift
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
@@ -47,6 +44,10 @@ from torchrec_sid.quantizers import (
     make_quantizer,
 )
 from torchrec_sid.seeding import derived_generator
+
+from .cli import parse_config, plain_errors
+from .quantize_content import Array, Content, fit_fusion, item_stream
+from .quantize_report import describe, examples_by_prefix, write_report
 
 QuantizerName = Literal["residual_kmeans", "discrete_pca", "rq_vae", "vq_fusion"]
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from apps.quantize_content import Array, Content
 from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.quality import QualityReport
 from torchrec_sid.seeding import derived_generator
+
+from .quantize_content import Array, Content
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

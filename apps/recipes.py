@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from apps.learn_sids import SidRecipe
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.quantizers import (
@@ -19,6 +18,8 @@ from torchrec_sid.quantizers import (
     VqFusionConfig,
 )
 from torchrec_sid.tables.pieces import PieceTrainerConfig
+
+from .learn_sids import SidRecipe
 
 TRITS = {5: 25, 10: 50, 16: 80}
 """Bytes of a SIDE SID -> its digits."""

@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from apps.plots import plot_cost, plot_slices
 from torchrec_sid.artifact import write_atomically, write_json
+
+from .plots import plot_cost, plot_slices
 
 _COLUMNS = (
     ("arm", "name", "{}"),

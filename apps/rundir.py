@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from apps.session import Session
 from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.doctor import find_versions
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.plan_file import save_plan
 from torchrec_sid.training.loop import TrainResult
+
+from .session import Session
 
 logger = logging.getLogger(__name__)
 rank_log = logging.getLogger("torchrec_sid.rank")

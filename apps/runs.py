@@ -7,8 +7,9 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
+
+from .train_config import TrainConfig
 
 
 def claim_run(run: TrainConfig, processes: int, marks: dict[str, str]) -> bool:

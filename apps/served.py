@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from apps.cli import parse_config, plain_errors
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import SidError
 from torchrec_sid.serving.request import Request
 from torchrec_sid.serving.served_model import ServedModel
+
+from .cli import parse_config, plain_errors
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apps.allocator import keep_freed_memory
-from apps.item_sids import build_run, open_item_sids
-from apps.train_config import TrainConfig
 from torchrec_sid.artifact import save_artifact
 from torchrec_sid.data.batch import BatchConfig
 from torchrec_sid.data.prepare import PrepareConfig, prepare
@@ -33,6 +30,10 @@ from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.schedule import LinearDecay
+
+from .allocator import keep_freed_memory
+from .item_sids import build_run, open_item_sids
+from .train_config import TrainConfig
 
 PREDICTIONS = "predictions"
 """Kind of the artefact that holds ``predictions`` ``[rows]`` float32, in the order of the split."""

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as run
 
-from apps.cli import plain_errors
 from torchrec_sid.errors import SidError
+
+from .cli import plain_errors
 
 _ANSWERS_WITHIN = 20.0
 """Seconds after which a program that accepts connections is not the one that is looked for."""

@@ -17,16 +17,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from apps.cli import parse_config
-from apps.failure import one_message
-from apps.rundir import StepRecorder, describe_run, open_rank_log, set_up_logging
-from apps.session import Session, open_session, start_processes
-from apps.train_config import TrainConfig
 from torchrec_sid.artifact import write_json
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.training.loop import TrainResult
 from torchrec_sid.training.profile import StepProfiler
 from torchrec_sid.training.progress_line import TrainingProgress
+
+from .cli import parse_config
+from .failure import one_message
+from .rundir import StepRecorder, describe_run, open_rank_log, set_up_logging
+from .session import Session, open_session, start_processes
+from .train_config import TrainConfig
 
 logger = logging.getLogger("apps.train")
 

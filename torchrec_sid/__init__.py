@@ -1,12 +1,129 @@
 """Semantic IDs for TorchRec: learn them from content, and rank with them instead of raw ids.
 
-This top level, ``quantizers``, ``catalog``, ``quality`` and ``side`` need torch alone; ``tables``,
-``collections``, ``models``, ``data.batch`` and ``parallel`` need TorchRec.
+What people use is here by name and imported when it is first asked for, so that ``import torchrec_sid``
+is quick and the parts that need torch alone (``quantizers``, ``catalog``, ``quality``, ``side``) work where
+TorchRec is not installed; ``tables``, ``collections``, ``models``, ``data.batch`` and ``parallel`` need it.
+
+Example:
+    >>> from torchrec_sid import ResidualKMeans, ResidualKMeansConfig, SidCatalog
+    >>> ResidualKMeans(8, ResidualKMeansConfig(cardinalities=(4, 4))).spec
+    SidSpec(cardinalities=(4, 4))
 """
+
+# ruff: noqa: F401 - the names of the block for type checkers are those that __getattr__ gives.
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.spec import SidSpec
 
+if TYPE_CHECKING:
+    from torchrec_sid.catalog import SidCatalog, add_last_digit, measure_drift
+    from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
+    from torchrec_sid.quality import QualityReport, measure_quality
+    from torchrec_sid.quantizers import (
+        CategorySource,
+        DiscretePca,
+        DiscretePcaConfig,
+        EmbeddingSource,
+        Quantizer,
+        ResidualKMeans,
+        ResidualKMeansConfig,
+        RqVae,
+        RqVaeConfig,
+        VqFusion,
+        VqFusionConfig,
+        load_quantizer,
+        make_quantizer,
+    )
+    from torchrec_sid.replace import replace_embeddings
+    from torchrec_sid.side import (
+        CodeSpaceAttention,
+        CodeSpaceAttentionConfig,
+        FrozenBasis,
+        SideFeatures,
+        SideFeaturesConfig,
+        SimilarityConfig,
+        SimilarityFeatures,
+    )
+    from torchrec_sid.streams import EmbeddingStream
+    from torchrec_sid.tables import (
+        CatalogLookup,
+        HashedId,
+        HashedPrefix,
+        NGramGroups,
+        PerLevel,
+        PieceTrainerConfig,
+        SentencePiece,
+        Side,
+        SidEmbeddingBagConfig,
+        SidEmbeddingConfig,
+        SidPieces,
+        SidTransform,
+        train_pieces,
+    )
+
 __version__ = "0.1.0"
 
-__all__ = ["ArtifactError", "SidError", "SidSpec", "__version__"]
+_HOMES = {
+    "catalog": ("SidCatalog", "add_last_digit", "measure_drift"),
+    "collections": ("SidEmbeddingBagCollection", "SidEmbeddingCollection"),
+    "quality": ("QualityReport", "measure_quality"),
+    "quantizers": (
+        "CategorySource",
+        "DiscretePca",
+        "DiscretePcaConfig",
+        "EmbeddingSource",
+        "Quantizer",
+        "ResidualKMeans",
+        "ResidualKMeansConfig",
+        "RqVae",
+        "RqVaeConfig",
+        "VqFusion",
+        "VqFusionConfig",
+        "load_quantizer",
+        "make_quantizer",
+    ),
+    "replace": ("replace_embeddings",),
+    "side": (
+        "CodeSpaceAttention",
+        "CodeSpaceAttentionConfig",
+        "FrozenBasis",
+        "SideFeatures",
+        "SideFeaturesConfig",
+        "SimilarityConfig",
+        "SimilarityFeatures",
+    ),
+    "streams": ("EmbeddingStream",),
+    "tables": (
+        "CatalogLookup",
+        "HashedId",
+        "HashedPrefix",
+        "NGramGroups",
+        "PerLevel",
+        "PieceTrainerConfig",
+        "SentencePiece",
+        "SidEmbeddingBagConfig",
+        "SidEmbeddingConfig",
+        "SidPieces",
+        "SidTransform",
+        "Side",
+        "train_pieces",
+    ),
+}
+"""Module of this package -> the names that it gives."""
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["ArtifactError", "SidError", "SidSpec", "__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"torchrec_sid.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

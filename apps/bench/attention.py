@@ -18,8 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.bench.alternating import alternate, peak_mb
-from apps.bench.attention_systems import (
+from torchrec_sid.artifact import write_json
+from torchrec_sid.progress import track
+from torchrec_sid.side.kernels import attention_cpu, attention_torch
+from torchrec_sid.side.kernels.attention_problem import AttentionProblem
+from torchrec_sid.side.kernels.compiler import load_library
+
+from .alternating import alternate, peak_mb
+from .attention_systems import (
     Shape,
     System,
     Workload,
@@ -32,11 +38,6 @@ from apps.bench.attention_systems import (
     project_and_attend,
     train_step,
 )
-from torchrec_sid.artifact import write_json
-from torchrec_sid.progress import track
-from torchrec_sid.side.kernels import attention_cpu, attention_torch
-from torchrec_sid.side.kernels.attention_problem import AttentionProblem
-from torchrec_sid.side.kernels.compiler import load_library
 
 PASSES = ("forward", "forward+backward")
 GROUPS = ("main", "lengths", "long", "users", "candidates", "dims", "digits", "ragged", "kernel")
@@ -240,7 +241,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run, print, and write the rows."""
-    from apps.cli import parse_config
+    from ..cli import parse_config
 
     config = parse_config(BenchConfig, __doc__)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")

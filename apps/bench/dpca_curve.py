@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from apps.bench.planted_tree import planted_tree
-from apps.bench.real_items import load_embeddings, split_rows, unexplained
-from apps.cli import parse_config
 from torchrec_sid.artifact import write_json
 from torchrec_sid.quantizers import DiscretePca, DiscretePcaConfig, ResidualKMeans, ResidualKMeansConfig
+
+from ..cli import parse_config
+from .planted_tree import planted_tree
+from .real_items import load_embeddings, split_rows, unexplained
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apps.cli import parse_config
 from torchrec_sid.artifact import write_json
 from torchrec_sid.progress import track
 from torchrec_sid.quantizers import DiscretePca, DiscretePcaConfig
 from torchrec_sid.streams import open_stream
+
+from ..cli import parse_config
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from apps.bench.real_items import load_embeddings, split_rows
-from apps.cli import parse_config
 from torchrec_sid.artifact import write_json
 from torchrec_sid.quantizers import CategorySource, EmbeddingSource, VqFusion, VqFusionConfig
 from torchrec_sid.quantizers.fusion.fusion_report import CategoryReport, SourceReport
 from torchrec_sid.quantizers.fusion.sources import Source
+
+from ..cli import parse_config
+from .real_items import load_embeddings, split_rows
 
 
 @dataclass(frozen=True)

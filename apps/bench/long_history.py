@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apps.bench.alternating import peak_mb
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.data.prepare import PrepareConfig, prepare
@@ -35,6 +34,8 @@ from torchrec_sid.metrics import SlicedMetrics
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.quantizers import DiscretePca, DiscretePcaConfig
 from torchrec_sid.side import CodeSpaceAttention, FrozenBasis
+
+from .alternating import peak_mb
 
 ARMS = ("side", "side_decoded", "dense")
 _FULL_FROM = 0.75
@@ -247,7 +248,7 @@ def quality(world: World) -> dict[str, float]:
 
 def main() -> None:
     """Run, print, and write the results."""
-    from apps.cli import parse_config
+    from ..cli import parse_config
 
     config = parse_config(LongHistoryConfig, __doc__)
     if config.quick:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from apps.rundir import StepRecorder
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.progress_line import TrainingProgress
 from torchrec_sid.training.schedule import LinearDecay
+
+from ..rundir import StepRecorder
 
 
 class _Still:

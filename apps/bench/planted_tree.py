@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from apps.cli import parse_config
 from torchrec_sid.quantizers import ResidualKMeans, ResidualKMeansConfig
+
+from ..cli import parse_config
 
 _LEVELS = (256, 256, 256)
 

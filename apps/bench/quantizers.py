@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from apps.bench.planted_tree import planted_tree
-from apps.bench.quantizer_systems import Fitted, System, full_name, systems
-from apps.cli import parse_config, plain_errors
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import SidError
 from torchrec_sid.seeding import derived_generator
+
+from ..cli import parse_config, plain_errors
+from .planted_tree import planted_tree
+from .quantizer_systems import Fitted, System, full_name, systems
 
 _QUERIES = 1000
 _TREE = "tree"

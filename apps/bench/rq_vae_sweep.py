@@ -15,8 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from apps.bench.real_items import load_embeddings, split_rows, unexplained
-from apps.cli import parse_config
 from torchrec_sid.artifact import write_json
 from torchrec_sid.quantizers import (
     CollapseError,
@@ -26,6 +24,9 @@ from torchrec_sid.quantizers import (
     RqVaeConfig,
 )
 from torchrec_sid.quantizers.usage import count_codes, usage_of
+
+from ..cli import parse_config
+from .real_items import load_embeddings, split_rows, unexplained
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from apps.bench.alternating import alternate, peak_mb
 from torchrec_sid import SidSpec
 from torchrec_sid.artifact import write_json
 from torchrec_sid.side import (
@@ -27,6 +26,8 @@ from torchrec_sid.side import (
     SimilarityFeatures,
 )
 from torchrec_sid.side.features import Kind
+
+from .alternating import alternate, peak_mb
 
 CPU = torch.device("cpu")
 KINDS: tuple[Kind, ...] = ("digits", "one_hot", "basis")
@@ -155,7 +156,7 @@ def _rounds(config: SideBenchConfig) -> int:
 
 def main() -> None:
     """Run, print, and write the rows."""
-    from apps.cli import parse_config
+    from ..cli import parse_config
 
     config = parse_config(SideBenchConfig, __doc__)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")

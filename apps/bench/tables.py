@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from apps.bench.alternating import alternate, peak_mb
-from apps.bench.tables_systems import Case, Items, System, make_systems, one_process, planted, shard
 from torchrec_sid.artifact import write_json
 from torchrec_sid.tables import PieceTrainerConfig, SidTokenizer, train_pieces
 from torchrec_sid.tables.pieces import to_sentences
+
+from .alternating import alternate, peak_mb
+from .tables_systems import Case, Items, System, make_systems, one_process, planted, shard
 
 Work = Callable[[], object]
 
@@ -130,7 +131,7 @@ def tokenise_bench(config: TablesBenchConfig, levels: int) -> list[dict[str, Any
 
 def main() -> None:
     """Run, print, and write the rows."""
-    from apps.cli import parse_config
+    from ..cli import parse_config
 
     config = parse_config(TablesBenchConfig, __doc__)
     torch.manual_seed(config.seed)

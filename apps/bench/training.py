@@ -29,8 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
-from apps.bench.loop_cost import loop_cost_us
-from apps.rundir import StepRecorder, set_up_logging
 from torchrec_sid.artifact import write_json
 from torchrec_sid.data.prepare import prepare
 from torchrec_sid.data.prepared import PreparedLog
@@ -47,6 +45,9 @@ from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces, train_piec
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.progress_line import TrainingProgress
 from torchrec_sid.training.schedule import LinearDecay
+
+from ..rundir import StepRecorder, set_up_logging
+from .loop_cost import loop_cost_us
 
 _SPEC = SidSpec((64, 64, 64, 64))
 _SIDE = SidSpec((3,) * 25)
