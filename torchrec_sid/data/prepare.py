@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchrec_sid.artifact import write_json
+from torchrec_sid.artifact import folder_lock, whole_folder, write_json
 from torchrec_sid.data.appender import NpyAppender
-from torchrec_sid.data.atomic import folder_lock, whole_folder
 from torchrec_sid.data.events import SPLITS, EventReader
 from torchrec_sid.data.examples import BLOCKS_PER_FILE, ExampleWriter
 from torchrec_sid.data.fingerprint import InputFiles
@@ -107,7 +106,7 @@ def prepare(
         found = _reusable(out, mark)
         if found is not None:
             return found
-        with whole_folder(out) as work:
+        with whole_folder(out, "prepared_log") as work:
             manifest = _Preparation(folder, config, work).run()
             shutil.rmtree(work / SPILL)
             write_json(work / MANIFEST, {"fingerprint": mark, **manifest, "inputs": files.entries})

@@ -14,17 +14,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from torchrec_sid.artifact import write_json
+from torchrec_sid.artifact import (
+    Contents,
+    folder_lock,
+    has_manifest,
+    open_folder,
+    record_tree,
+    seal_folder,
+    whole_folder,
+    write_json,
+)
 from torchrec_sid.data.appender import NpyAppender
-from torchrec_sid.data.atomic import folder_lock, whole_folder
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.planted import LATENT, SyntheticConfig, World
 from torchrec_sid.data.schema import EVENTS, ITEMS, SETTINGS, LogFolder
-from torchrec_sid.errors import SidError
 
 __all__ = ["FIRST_ITEM_ID", "SyntheticConfig", "write_synthetic"]
 
 RECIPE = "synthetic.json"
+_KIND = "synthetic_log"
 _VERSION = 1
 _CHUNK = 1 << 16
 
@@ -52,13 +60,19 @@ def write_synthetic(path: str | Path, config: SyntheticConfig | None = None) -> 
     config = config or SyntheticConfig()
     path = Path(path)
     recipe = json.loads(json.dumps({"version": _VERSION, "config": asdict(config)}))
-    if path.exists() and not (path / RECIPE).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise SidError(str(path), "holds something that is not a synthetic log", "Choose another folder.")
     with folder_lock(path):
-        if not (path / RECIPE).is_file() or json.loads((path / RECIPE).read_text()) != recipe:
-            with whole_folder(path) as work:
+        if not has_manifest(path, RECIPE) or _recipe_of(path) != recipe:
+            with whole_folder(path, _KIND, RECIPE) as work:
                 _write(work, World(config), recipe)
     return LogFolder.open(path)
+
+
+def _recipe_of(path: Path) -> dict[str, Any]:
+    # Logs of earlier releases kept the recipe alone.
+    found = open_folder(
+        path, kind=_KIND, version=1, manifest=RECIPE, earlier=lambda body, _: Contents(1, body, {})
+    )
+    return found.config
 
 
 def _write(done: Path, world: World, recipe: dict[str, Any]) -> None:
@@ -68,7 +82,7 @@ def _write(done: Path, world: World, recipe: dict[str, Any]) -> None:
         _write_embeddings(done / name, world, number)
     _write_events(done / EVENTS, world)
     write_json(done / SETTINGS, {"default_source": world.config.sources[0]})
-    write_json(done / RECIPE, recipe)
+    seal_folder(done, kind=_KIND, version=1, config=recipe, files=record_tree(done), manifest=RECIPE)
 
 
 def _chunks(total: int) -> Iterator[Array]:

@@ -23,7 +23,7 @@ def load_quantizer(path: str | Path) -> Quantizer:
     Raises:
         ArtifactError: missing, truncated, altered, or not a quantizer.
     """
-    kind = read_manifest(path)["kind"]
+    kind = read_manifest(path).kind
     if kind not in _KINDS:
         raise ArtifactError(str(path), f"holds a {kind!r}", f"Pass a quantizer: one of {sorted(_KINDS)}.")
     module, name = _KINDS[kind]
