@@ -10,6 +10,7 @@ import json
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,10 @@ class CompareConfig:
     """Rows per step over all processes."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    config = parse_config(CompareConfig, __doc__)
+    config = parse_config(CompareConfig, __doc__, argv)
     console = Console()
     with plain_errors():
         report = compare(config, console)

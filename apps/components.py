@@ -1,18 +1,26 @@
-"""TorchX components: `torchx run -s SCHEDULER apps/components.py:NAME [options] -- [options of the app]`.
+"""TorchX components: `torchx run NAME [options] -- [options of the command]`.
 
-`train` runs `apps.train` under torch.distributed.run, by apps/torchrun.py, on any number of nodes;
-`quantize`, `evaluate`, `compare` and `export` run their app as one process. They use the interpreter that
-TorchX itself runs under, so the virtual environment need not be activated.
+From a checkout `torchx run apps/components.py:NAME ...` does the same. `train` runs that command under
+torch.distributed.run, by torchrun.py, on any number of nodes; `quantize`, `evaluate`, `compare` and
+`export` run theirs as one process, and `command` any other. They use the interpreter that TorchX itself
+runs under, so the virtual environment need not be activated.
 """
 
-# No `from __future__ import annotations` here: TorchX reads the annotations and cannot read strings.
+# No `from __future__ import annotations` here: TorchX reads the annotations and cannot read strings. And no
+# import of this package: TorchX executes the file of a checkout on its own, within a module of TorchX.
+import inspect
+import re
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Dict, List, Optional  # noqa: UP035  TorchX knows these spellings only
 
 from torchx import specs
 
+_APPS = __name__.rpartition(".")[0] if __name__.endswith("apps.components") else "apps"
+"""Package of the commands, for the processes that are started."""
 _DEFAULT_IMAGE = "."
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
 def train(
@@ -29,7 +37,7 @@ def train(
     image: str = _DEFAULT_IMAGE,
     python: str = sys.executable,
     name: str = "train",
-    module: str = "apps.train",
+    module: str = f"{_APPS}.train",
     env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
     rdzv_port: int = 29500,
@@ -38,7 +46,7 @@ def train(
     """Train one ranking model on several processes.
 
     Args:
-        script_args: options of apps.train, after a double dash
+        script_args: options of train, after a double dash
         nnodes: machines; with more than one, the processes meet at the first one's rdzv_port
         nproc_per_node: processes per machine, one per GPU if there are GPUs
         min_nnodes: elastic: start with this many machines and go on when one leaves; 0 needs all nnodes
@@ -51,8 +59,8 @@ def train(
         h: a named resource of TorchX instead of cpu, gpu and memMB
         image: container image, or on Slurm and local_cwd nothing (the job runs in the working directory)
         python: interpreter; in a container image usually python
-        name: name of the job
-        module: module to run instead of apps.train
+        name: name of the job: letters, digits, dots, dashes
+        module: module to run instead of train
         env: more environment variables, as NAME=VALUE,NAME=VALUE
         mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
         rdzv_port: port of the first machine at which processes meet, with more than one machine
@@ -60,12 +68,14 @@ def train(
     """
     if not 0 <= min_nnodes <= nnodes:
         raise ValueError(f"min_nnodes is {min_nnodes}: it must be 0 to nnodes ({nnodes})")
-    launch = ["-m", "apps.torchrun", "--nproc_per_node", str(nproc_per_node)]
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"name is {name!r}: choose letters, digits, dots, dashes and underscores")
+    launch = ["-m", f"{_APPS}.torchrun", "--nproc_per_node", str(nproc_per_node)]
     launch += ["--max_restarts", str(max_restarts)]
     if log_dir is not None:
         launch += ["--log_dir", log_dir, "--tee", "3"]
     if nnodes == 1:
-        entrypoint, args = python, [*launch, "--standalone", "-m", module, *script_args]
+        entrypoint, args = python, _literal([*launch, "--standalone", "-m", module, *script_args])
     else:
         entrypoint, args = (
             "bash",
@@ -87,147 +97,91 @@ def train(
     return specs.AppDef(name=name, roles=[role])
 
 
-def quantize(
-    *script_args: str,
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803
-    h: Optional[str] = None,  # noqa: UP045
-    image: str = _DEFAULT_IMAGE,
-    python: str = sys.executable,
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-) -> specs.AppDef:
-    """Learn Semantic IDs from embeddings and write a catalog.
+def _on_machine(program: Callable[..., specs.AppDef]) -> Callable[..., specs.AppDef]:
+    """A component of one process: its arguments are the program's, and where to run it."""
 
-    Args:
-        script_args: options of apps.quantize, after a double dash
-        cpu: CPU cores
-        gpu: GPUs
-        memMB: memory, in MiB
-        h: a named resource of TorchX instead of cpu, gpu and memMB
-        image: container image
-        python: interpreter; in a container image usually python
-        env: more environment variables, as NAME=VALUE,NAME=VALUE
-        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
-        max_retries: restarts by the scheduler
-    """
-    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
-    return _single("quantize", script_args, resource, image, python, env, mounts, max_retries)
+    def component(
+        *script_args: str,
+        cpu: int = 2,
+        gpu: int = 0,
+        memMB: int = 8192,  # noqa: N803
+        h: Optional[str] = None,  # noqa: UP045
+        image: str = _DEFAULT_IMAGE,
+        python: str = sys.executable,
+        env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+        mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+        max_retries: int = 0,
+    ) -> specs.AppDef:
+        """Where to run it.
 
+        Args:
+            script_args: options of the command, after a double dash
+            cpu: CPU cores
+            gpu: GPUs
+            memMB: memory, in MiB
+            h: a named resource of TorchX instead of cpu, gpu and memMB
+            image: container image
+            python: interpreter; in a container image usually python
+            env: more environment variables, as NAME=VALUE,NAME=VALUE
+            mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
+            max_retries: restarts by the scheduler
+        """
+        app = program(*script_args)
+        role = app.roles[0]
+        role.resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+        role.image, role.entrypoint, role.max_retries = image, python, max_retries
+        role.env = _environment(env, role.resource.gpu, local=True)
+        role.mounts = specs.parse_mounts(mounts) if mounts else []
+        return app
 
-def evaluate(
-    *script_args: str,
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803
-    h: Optional[str] = None,  # noqa: UP045
-    image: str = _DEFAULT_IMAGE,
-    python: str = sys.executable,
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-) -> specs.AppDef:
-    """Evaluate a trained model on the test period.
-
-    Args:
-        script_args: options of apps.evaluate, after a double dash
-        cpu: CPU cores
-        gpu: GPUs
-        memMB: memory, in MiB
-        h: a named resource of TorchX instead of cpu, gpu and memMB
-        image: container image
-        python: interpreter; in a container image usually python
-        env: more environment variables, as NAME=VALUE,NAME=VALUE
-        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
-        max_retries: restarts by the scheduler
-    """
-    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
-    return _single("evaluate", script_args, resource, image, python, env, mounts, max_retries)
+    options = inspect.cleandoc(component.__doc__ or "").partition("\n")[2]
+    component.__doc__ = f"{inspect.getdoc(program)}\n{options}"
+    component.__name__ = component.__qualname__ = program.__name__
+    return component
 
 
-def compare(
-    *script_args: str,
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803
-    h: Optional[str] = None,  # noqa: UP045
-    image: str = _DEFAULT_IMAGE,
-    python: str = sys.executable,
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-) -> specs.AppDef:
-    """Train the arms over seeds and write the report that compares them.
-
-    Args:
-        script_args: options of apps.compare, after a double dash
-        cpu: CPU cores
-        gpu: GPUs
-        memMB: memory, in MiB
-        h: a named resource of TorchX instead of cpu, gpu and memMB
-        image: container image
-        python: interpreter; in a container image usually python
-        env: more environment variables, as NAME=VALUE,NAME=VALUE
-        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
-        max_retries: restarts by the scheduler
-    """
-    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
-    return _single("compare", script_args, resource, image, python, env, mounts, max_retries)
+@_on_machine
+def quantize(*script_args: str) -> specs.AppDef:
+    """Learn Semantic IDs from embeddings and write a catalog."""
+    return _program("quantize", script_args)
 
 
-def export(
-    *script_args: str,
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803
-    h: Optional[str] = None,  # noqa: UP045
-    image: str = _DEFAULT_IMAGE,
-    python: str = sys.executable,
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-) -> specs.AppDef:
-    """Export a trained model for serving.
-
-    Args:
-        script_args: options of apps.export, after a double dash
-        cpu: CPU cores
-        gpu: GPUs
-        memMB: memory, in MiB
-        h: a named resource of TorchX instead of cpu, gpu and memMB
-        image: container image
-        python: interpreter; in a container image usually python
-        env: more environment variables, as NAME=VALUE,NAME=VALUE
-        mounts: TorchX mounts, as type=bind,src=/data,dst=/data,readonly
-        max_retries: restarts by the scheduler
-    """
-    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
-    return _single("export", script_args, resource, image, python, env, mounts, max_retries)
+@_on_machine
+def evaluate(*script_args: str) -> specs.AppDef:
+    """Evaluate a trained model on the test period."""
+    return _program("evaluate", script_args)
 
 
-def _single(
-    name: str,
-    script_args: tuple[str, ...],
-    resource: specs.Resource,
-    image: str,
-    python: str,
-    env: Optional[Dict[str, str]],  # noqa: UP006, UP045
-    mounts: Optional[List[str]],  # noqa: UP006, UP045
-    max_retries: int,
-) -> specs.AppDef:
+@_on_machine
+def compare(*script_args: str) -> specs.AppDef:
+    """Train the arms over seeds and write the report that compares them."""
+    return _program("compare", script_args)
+
+
+@_on_machine
+def export(*script_args: str) -> specs.AppDef:
+    """Export a trained model for serving."""
+    return _program("export", script_args)
+
+
+@_on_machine
+def command(*script_args: str) -> specs.AppDef:
+    """Run any command of torchrec-sid: its name and its options follow the double dash."""
+    return _program("__main__", script_args)
+
+
+def _program(module: str, script_args: tuple[str, ...]) -> specs.AppDef:
+    """A module of the commands as a job of one process, still without a machine."""
+    name = module if module != "__main__" else "torchrec-sid"
     role = specs.Role(
-        name=name,
-        image=image,
-        entrypoint=python,
-        args=["-m", f"apps.{name}", *script_args],
-        env=_environment(env, resource.gpu, local=True),
-        max_retries=max_retries,
-        resource=resource,
-        mounts=specs.parse_mounts(mounts) if mounts else [],
+        name=name, image=_DEFAULT_IMAGE, args=_literal(["-m", f"{_APPS}.{module}", *script_args])
     )
     return specs.AppDef(name=name, roles=[role])
+
+
+def _literal(words: List[str]) -> List[str]:  # noqa: UP006
+    """Words that TorchX's substitution of macros leaves as they are."""
+    return [word.replace("$", "$$") for word in words]
 
 
 def _environment(env: Optional[Dict[str, str]], gpu: int, *, local: bool) -> Dict[str, str]:  # noqa: UP006, UP045
@@ -245,7 +199,7 @@ def _environment(env: Optional[Dict[str, str]], gpu: int, *, local: bool) -> Dic
     if local and sys.platform == "linux":
         # Gloo resolves the host name otherwise, which many laptops and containers cannot.
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    return {**defaults, **(env or {})}
+    return {**defaults, **{name: value.replace("$", "$$") for name, value in (env or {}).items()}}
 
 
 def _join_nodes(
@@ -259,8 +213,9 @@ def _join_nodes(
 ) -> str:
     """A shell line, because only the scheduler's shell knows the first machine's name."""
     nodes = f"{min_nnodes}:{nnodes}" if min_nnodes else str(nnodes)
-    before = shlex.join([python, *launch, "--nnodes", nodes, "--rdzv_backend", "c10d", "--rdzv_id"])
+    words = [python, *launch, "--nnodes", nodes, "--rdzv_backend", "c10d", "--rdzv_id"]
+    before = shlex.join(_literal(words))
     # $$ survives TorchX's own substitution as $.
     endpoint = f"$${{{specs.macros.rank0_env}:=localhost}}:{port}"
-    after = shlex.join(["-m", module, *script_args])
+    after = shlex.join(_literal(["-m", module, *script_args]))
     return f"{before} {specs.macros.app_id} --rdzv_endpoint {endpoint} {after}"

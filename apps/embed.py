@@ -6,6 +6,7 @@ better embedding can stand in its place: `[N, d]` floats in the order of items.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,9 @@ class EmbedConfig:
             raise SidError("dim, min_items", f"{self.dim}, {self.min_items}", "Choose 1 or more.")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    config = parse_config(EmbedConfig, __doc__)
+    config = parse_config(EmbedConfig, __doc__, argv)
     with plain_errors(), Console().status("embedding titles"):
         path, shape = embed(config)
     print(f"{path}: {shape[0]:,} items x {shape[1]} dimensions")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ class EvaluateConfig:
 
 
 @record
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of each process; the number of processes need not be that of the training."""
     set_up_logging()
-    config = parse_config(EvaluateConfig, __doc__)
+    config = parse_config(EvaluateConfig, __doc__, argv)
     try:
         with one_message():
             report = evaluate(config, start_processes())

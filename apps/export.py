@@ -40,7 +40,6 @@ from .item_sids import build_run, open_item_sids
 from .train_config import TrainConfig
 
 _EXAMPLE_ROWS = 64
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ class TrainedRun(NamedTuple):
     history_length: int
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    config = parse_config(ExportConfig, __doc__)
+    config = parse_config(ExportConfig, __doc__, argv)
     with plain_errors():
         rows = export(config)
     print(f"milliseconds by batch; {torch.get_num_threads()} threads")
@@ -211,11 +210,11 @@ def _fresh_process(folders: list[str], config: ExportConfig) -> list[dict[str, A
         command = [
             sys.executable,
             "-m",
-            "apps.served",
+            f"{__package__}.served",
             f"--folders={[str(Path(f).absolute()) for f in folders]}",
         ]
         command += [f"--batches={list(config.batches)}", f"--rounds={config.rounds}", f"--json={file}"]
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SidError("apps.served", done.stderr.strip()[-500:], "The programs do not run elsewhere.")
         rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]

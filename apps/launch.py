@@ -14,9 +14,9 @@ from torchx.specs import AppState
 
 from torchrec_sid.errors import SidError
 
+from .components import train
 from .train_config import TrainConfig
 
-_COMPONENT = str(Path(__file__).with_name("components.py")) + ":train"
 _POLL_SECONDS = 0.3
 _ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 
@@ -24,7 +24,7 @@ _ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 def launch_training(
     config: TrainConfig, processes: int, *, on_line: Callable[[str], None] | None = None
 ) -> None:
-    """Run `apps.train` on ``processes`` local processes with the TorchX component, and wait.
+    """Run the command `train` on ``processes`` local processes with the TorchX component, and wait.
 
     Args:
         config: of the run; also written to ``OUTPUT/run.yaml``.
@@ -48,7 +48,7 @@ def launch_training(
 
 
 def write_options(config: TrainConfig) -> Path:
-    """Write ``OUTPUT/run.yaml``, with which ``apps.train --config`` repeats a run."""
+    """Write ``OUTPUT/run.yaml``, with which ``torchrec-sid train --config`` repeats a run."""
     options = Path(config.output) / "run.yaml"
     options.parent.mkdir(parents=True, exist_ok=True)
     options.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
@@ -58,11 +58,9 @@ def write_options(config: TrainConfig) -> Path:
 def _run(output: Path, options: Path, processes: int, on_line: Callable[[str], None] | None) -> str | None:
     """Run the component once; None, or why it failed."""
     logs = output / "logs"
-    arguments = ["--nproc_per_node", str(processes), "--", "--config", str(options)]
+    app = train("--config", str(options), nproc_per_node=processes)
     with get_runner() as runner:
-        handle = runner.run_component(
-            _COMPONENT, arguments, scheduler="local_cwd", cfg={"log_dir": str(logs)}
-        )
+        handle = runner.run(app, scheduler="local_cwd", cfg={"log_dir": str(logs)})
         folder = logs / "torchx" / handle.rsplit("/", 1)[-1]
         lines = _Tail(folder)
         while True:

@@ -78,10 +78,10 @@ class PaperConfig:
             raise SidError("seeds, jobs", f"{self.seeds}, {self.jobs}", "Choose 1 or more.")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    config = parse_config(PaperConfig, __doc__)
+    config = parse_config(PaperConfig, __doc__, argv)
     console = Console()
     with plain_errors():
         report = paper(config, console)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class PlanConfig:
             raise SidError("pieces_model", "without a catalog", "Pass --catalog, whose items are cut.")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -102,7 +103,7 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=140)  # a log file has room for the whole table
     with plain_errors():
-        config = parse_config(PlanConfig, __doc__)
+        config = parse_config(PlanConfig, __doc__, argv)
         report = plan(config)
     console.print((Path(config.output) / "plan.txt").read_text(), soft_wrap=True, highlight=False)
     if report["side_by_side"]:

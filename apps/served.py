@@ -101,9 +101,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(ServedConfig, __doc__)
+    config = parse_config(ServedConfig, __doc__, argv)
     with plain_errors():
         rows = check_models(config.folders, config.batches, config.rounds)
     print(f"milliseconds by batch; {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ logger = logging.getLogger("apps.train")
 
 
 @record
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of each process."""
     set_up_logging()
-    config = parse_config(TrainConfig, __doc__)
+    config = parse_config(TrainConfig, __doc__, argv)
     try:
         with one_message():
             device = start_processes()

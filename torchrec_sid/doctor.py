@@ -145,14 +145,14 @@ def matching_set(torch_version: str | None) -> str:
     return f"torch {release}, torchrec {other}, fbgemm-gpu {other} (on a CPU: fbgemm-gpu-cpu {other})"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings; 0 if nothing is wrong, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m torchrec_sid.doctor", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--no-imports", action="store_true", help="judge by the versions alone (faster)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     versions = find_versions()
     probe = None if options.no_imports else probe_imports()
     problems = diagnose(versions, find_requirements(), probe)

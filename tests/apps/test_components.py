@@ -1,12 +1,16 @@
+import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from torchx.runner import get_runner
+from torchx.specs.finder import ModuleComponentsFinder
 
 from apps.components import train
 
@@ -182,6 +186,56 @@ def test_single_process_components_on_slurm_and_kubernetes(name):
     assert container.resources.limits["nvidia.com/gpu"] == "1"
     assert "/runs" in [mount.mount_path for mount in container.volume_mounts]
     assert pods.request.resource["spec"]["maxRetry"] == 2
+
+
+def test_an_installed_package_has_its_components_by_name():
+    """TorchX finds them by entry point; its own, which that would hide, stay."""
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "torchx.components"
+    ]
+    modules = {name: importlib.import_module(module) for name, module in points.items()}
+    ours = ModuleComponentsFinder(modules["_torchrec_sid"], "").find()
+    valid = {component.name: component for component in ours if not component.validation_errors}
+    assert set(valid) == {"train", "quantize", "evaluate", "compare", "export", "command"}
+    for component in valid.values():
+        assert "after a double dash" in inspect.getdoc(component.fn)
+    app = valid["train"].fn("--data", "x")
+    assert app.roles[0].args[:2] == ["-m", "torchrec_sid.apps.torchrun"]
+    assert "torchrec_sid.apps.train" in app.roles[0].args
+    app = valid["command"].fn("doctor", "--json")
+    assert app.roles[0].args == ["-m", "torchrec_sid.apps.__main__", "doctor", "--json"]
+    names = {
+        component.name
+        for n in ("dist", "utils")
+        for component in ModuleComponentsFinder(modules[n], n).find()
+    }
+    assert {"dist.ddp", "utils.echo"} <= names
+
+
+@pytest.mark.parametrize("value", ["a$$b", "$HOME", "${app_id}", "it's $(date) `date`", "100%"])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_values_arrive_as_they_were_written(value, nodes):
+    options = ["--nnodes", str(nodes), "--env", f"A={value}", "--", "--data", value]
+    with get_runner() as runner:
+        info = runner.dryrun_component(
+            f"{ROOT}/apps/components.py:train", options, scheduler="local_cwd", cfg={}
+        )
+    replica = info.request.role_params["train"][0]
+    assert replica.env["A"] == value
+    if nodes == 1:
+        assert replica.args[-1] == value
+    else:
+        line = replica.args[-1].partition("-m apps.train ")[2]
+        said = subprocess.run(
+            ["bash", "-c", f"printf '%s' {line}"], capture_output=True, text=True, check=True
+        )
+        assert said.stdout == f"--data{value}"
+
+
+@pytest.mark.parametrize("name", ["a$(touch x)", "a;b", "", "-a", "a b", "a`b`"])
+def test_a_name_that_a_shell_would_read_is_refused(name):
+    with pytest.raises(ValueError, match="choose letters"):
+        train(name=name, nnodes=2)
 
 
 def test_elastic_bounds_are_checked():
