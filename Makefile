@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo paper lint test clean
+.PHONY: setup demo paper lint test test-all clean
 
 setup: $(STAMP)
 
@@ -30,8 +30,13 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# The quick part: a sample of every matrix, every example in a docstring. test-all adds the tests marked slow.
+PYTEST = $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 test: lint
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
 
 clean:
 	rm -rf out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,3 +24,9 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the public logs are not part of the project; see docs/data.md")
     return SHARED_DATA
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Examples are read from the package (``--doctest-modules``), not from the tests' helpers."""
+    helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
+    return True if helper else None

@@ -51,6 +51,7 @@ class SidEmbeddingBagCollection(nn.Module):
         SidError: configurations that contradict each other; at forward, values that do not fit them.
 
     Example:
+        >>> from torchrec_sid import HashedPrefix, SidEmbeddingBagConfig, SidSpec
         >>> spec = SidSpec((16, 16))
         >>> ebc = SidEmbeddingBagCollection(tables=[
         ...     SidEmbeddingBagConfig(name="t_item", embedding_dim=8, feature_names=["item", "history"],

@@ -36,7 +36,7 @@ def hash_rows_(keys: Tensor, salt: int, rows: int) -> Tensor:
 
     Example:
         >>> hash_rows_(torch.arange(4), splitmix64(0), 1000).tolist()
-        [435, 893, 29, 437]
+        [281, 916, 645, 484]
     """
     scratch = torch.empty_like(keys)
     keys.add_(salt)

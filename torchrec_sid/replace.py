@@ -51,8 +51,15 @@ def replace_embeddings(
             quantized, a collection of a kind that cannot be taken apart, or a scheme that does not fit.
 
     Example:
-        >>> report = replace_embeddings(dlrm, {"item": HashedPrefix(depth=3)}, catalog=catalog)
-        >>> print(report)
+        >>> from torchrec.modules.embedding_configs import EmbeddingBagConfig
+        >>> from torchrec_sid import HashedPrefix, SidSpec
+        >>> tables = [EmbeddingBagConfig(name=f"t_{name}", feature_names=[name], embedding_dim=8,
+        ...           num_embeddings=10_000) for name in ("item", "user")]
+        >>> model = nn.Sequential(EmbeddingBagCollection(tables=tables))
+        >>> scheme = HashedPrefix(depth=3, num_embeddings=1_000)
+        >>> report = replace_embeddings(model, {"item": scheme}, spec=SidSpec((16, 16, 16)))
+        >>> report.model is model, [p.shape[0] for p in model.parameters()]
+        (True, [1000, 10000])
     """
     if not features:
         raise SidError("replace_embeddings", "no features", "Name the features that carry items.")

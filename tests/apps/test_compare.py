@@ -29,7 +29,6 @@ def _compare(options: dict, folder: Path, *arguments: str) -> subprocess.Complet
     return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.slow
 def test_the_main_job_reports_every_arm_and_does_nothing_twice(tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = _compare(_OPTIONS, tmp_path, "--output", str(output))

@@ -16,7 +16,6 @@ from tests.distributed.kill_matrix import last_weights, metrics_of, prepare_case
 from torchrec_sid.errors import SidError
 
 
-@pytest.mark.slow
 def test_a_run_restarts_after_a_rank_has_raised(tmp_path: Path) -> None:
     whole = prepare_case(tmp_path)
     assert run(whole) == [0, 0]

@@ -62,10 +62,15 @@ class CheckpointManager:
         SidError: ``keep`` below 1, or the directory cannot be created or written.
 
     Example:
-        >>> with CheckpointManager(directory, identity={"catalog": catalog.fingerprint}) as manager:
-        ...     if (info := manager.latest()) is not None:
-        ...         metadata = manager.load(info, state)
-        ...     manager.save(step, state, {"position": 12})
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> state = {"model": torch.nn.Linear(2, 1).state_dict()}
+        >>> with TemporaryDirectory() as folder, CheckpointManager(folder) as manager:
+        ...     manager.save(100, state, {"position": 12})
+        ...     info = manager.latest()
+        ...     metadata = manager.load(info, state)  # in place
+        >>> info.step, metadata
+        (100, {'position': 12})
     """
 
     def __init__(

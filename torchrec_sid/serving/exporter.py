@@ -91,8 +91,19 @@ def export_model(
         SidError: an example that shows too little, a model that cannot be traced, or answers that differ.
 
     Example:
-        >>> report = export_model(dlrm, example, "out/served", ExportOptions("int8"))
-        >>> ServedModel.load(report.folder)(example)
+        >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+        >>> from torchrec.models.dlrm import DLRM
+        >>> from torchrec_sid.serving.request import Bags
+        >>> from torchrec_sid.serving.served_model import ServedModel
+        >>> table = EmbeddingBagConfig(name="t", feature_names=["item"], embedding_dim=8, num_embeddings=50)
+        >>> model = DLRM(EmbeddingBagCollection(tables=[table]), 4, [8], [8, 1])
+        >>> items = Bags(torch.tensor([3, 1, 4, 1, 5]), torch.tensor([2, 3]))
+        >>> example = Request(torch.rand(2, 4), {"item": items}, {}, {})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export_model(model, example, folder, ExportOptions("int8"))
+        ...     logits = ServedModel.load(folder)(example)
+        >>> torch.equal(logits, report.outputs)
+        True
     """
     options = options or ExportOptions()
     limits = dict(max_lengths or {})

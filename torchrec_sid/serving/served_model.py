@@ -32,8 +32,7 @@ class ServedModel:
     """A program and what it reads.
 
     Example:
-        >>> model = ServedModel.load("out/run/served/int8")
-        >>> logits = model(Request(dense, {"item_sid": Bags(sids, ones), ...}, {}, {}))
+        See :func:`~torchrec_sid.serving.exporter.export_model`, which writes what this reads.
     """
 
     def __init__(self, folder: Path, program: Any, manifest: dict[str, Any]) -> None:

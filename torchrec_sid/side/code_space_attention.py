@@ -95,6 +95,7 @@ class CodeSpaceAttention(nn.Module):
         SidError: heads that do not divide the basis dim.
 
     Example:
+        >>> from torchrec_sid import SidSpec
         >>> spec = SidSpec((3,) * 25)
         >>> basis = FrozenBasis.from_digits(spec, torch.randn(25, 64))
         >>> attention = CodeSpaceAttention(basis, CodeSpaceAttentionConfig(query_dim=32))

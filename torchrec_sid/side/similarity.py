@@ -80,6 +80,7 @@ class SimilarityFeatures(nn.Module):
         device: of the buffers; the meta device is not honoured.
 
     Example:
+        >>> from torchrec_sid import SidSpec
         >>> spec = SidSpec((3,) * 25)
         >>> side = SimilarityFeatures(FrozenBasis.from_digits(spec, torch.randn(25, 64)))
         >>> candidates = spec.pack_bytes(torch.randint(3, (2, 25)))

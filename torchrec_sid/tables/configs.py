@@ -84,6 +84,7 @@ class SidEmbeddingBagConfig(SidEmbeddingConfig):
     :class:`SidEmbeddingConfig`.
 
     Example:
+        >>> from torchrec_sid import HashedPrefix, SidSpec
         >>> table = SidEmbeddingBagConfig(
         ...     name="t_item", embedding_dim=32, feature_names=["item", "history"],
         ...     scheme=HashedPrefix(depth=3, num_embeddings=1_000_000), spec=SidSpec((256, 256, 256)))

@@ -57,8 +57,13 @@ class SidTokenizer(nn.Module):
         device: where the buffers live; never meta.
 
     Example:
+        >>> from torchrec_sid import PieceTrainerConfig, SidSpec, train_pieces
+        >>> spec, codes = SidSpec((2, 2)), torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+        >>> config = PieceTrainerConfig(vocab_size=6)
+        >>> pieces = train_pieces(spec, codes, config, weights=torch.tensor([90, 4, 3, 2]))
         >>> tokens = SidTokenizer(pieces)(spec.pack(codes))
-        >>> tokens.flat()
+        >>> tokens.counts.tolist()
+        [1, 2, 2, 2]
     """
 
     def __init__(self, pieces: SidPieces, device: torch.device | str | None = None) -> None:

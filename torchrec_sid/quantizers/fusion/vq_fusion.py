@@ -58,6 +58,7 @@ class VqFusion(Quantizer):
         device: where the state lives and the fit runs.
 
     Example:
+        >>> from torchrec_sid import CategorySource, EmbeddingSource
         >>> x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
         >>> label = (x[:, 0] > 0).long()
         >>> config = VqFusionConfig(codebooks=(16,), stages=((4, 3),), epochs=2)
