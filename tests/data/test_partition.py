@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrec_sid.data.appender import NpyAppender
-from torchrec_sid.data.counter_random import hash64, uniform
 from torchrec_sid.data.partition import EXAMPLE, Spill, TimeSketch, hash_bucket
+from torchrec_sid.hashing import hash64, uniform
 
 
 @given(st.integers(1, 9), st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(1, 60))

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torchrec_sid.data.counter_random import uniform
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.errors import SidError
+from torchrec_sid.hashing import uniform
 
 _TURNS = 1024
 _PIECE = 1 << 16

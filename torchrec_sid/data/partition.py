@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from torchrec_sid.data.counter_random import hash64
 from torchrec_sid.data.parquet import Array
+from torchrec_sid.hashing import hash64
 
 EVENT = np.dtype(
     [

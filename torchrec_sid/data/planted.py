@@ -10,9 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
-from torchrec_sid.data.counter_random import hash64, uniform
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.errors import SidError
+from torchrec_sid.hashing import hash64, uniform
 
 LATENT = 8
 """Dimensions of an item's own latent vector, beyond its topic and subtopic."""
