@@ -1,7 +1,10 @@
 """SidCatalog: look-ups, appends that move nothing, and refusal of whatever does not fit."""
 
 import json
+import multiprocessing
 import shutil
+import uuid
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
-from torchrec_sid.artifact import write_json
-from torchrec_sid.catalog import SidCatalog, parts
+from tests.earlier import ARTEFACTS
+from torchrec_sid.artifact import RemotePath, folder_lock, record_file, sealed, write_json
+from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.catalog import sid_catalog as store
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.spec import SidSpec
@@ -205,7 +210,8 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("cut", "the manifest says"), ("flipped", "hash"), ("gone", "no such file")]
+    ("how", "words"),
+    [("cut", "the manifest says"), ("flipped", "do not match the manifest"), ("gone", "no such file")],
 )
 def test_damaged_parts_are_refused(tmp_path: Path, how: str, words: str) -> None:
     make(tmp_path / "c", torch.arange(10))
@@ -227,10 +233,11 @@ def edited(body: dict, **fields: object) -> dict:
     [
         (lambda body: edited(body, kind="residual_kmeans"), "holds a 'residual_kmeans'"),
         (lambda body: edited(body, version=99), "layout version 99"),
-        (lambda body: edited(body, quantizer_fingerprint="other"), "edited"),
-        (lambda body: edited(body, cardinalities=[8, 4, 5]), "edited"),
-        (lambda body: edited(body, parts=[]), "missing or odd"),
+        (lambda body: edited(body, config={**body["config"], "items": 9}), "was altered"),
+        (lambda body: edited(body, more=1), "unknown 'more'"),
+        (lambda body: {name: body[name] for name in body if name != "files"}, "lacks 'files'"),
         (lambda body: [], "not a manifest"),
+        (lambda body: {}, "lacks 'kind'"),
     ],
 )
 def test_damaged_manifests_are_refused(tmp_path: Path, edit, words: str) -> None:
@@ -261,7 +268,7 @@ def test_a_crash_before_the_manifest_leaves_the_old_generation(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.manifests, "publish", killed)
+        patch.setattr(store, "publish", killed)
         with pytest.raises(Killed):
             catalog.append(torch.tensor([10]), random_codes(SPEC, 1), MARK)
     assert len(list((tmp_path / "c").glob("part-*"))) == 2, "the part of the killed append is still there"
@@ -286,7 +293,7 @@ def test_parts_are_memory_mapped(tmp_path: Path) -> None:
     opened = [SidCatalog.open(tmp_path / "c", verify=False) for _ in range(8)]
     assert resident() - before < 8 * rows, "8 catalogs of 32 MB take less than 16 MB together"
     assert int(opened[0].lookup(torch.tensor([rows - 1]))) == 0
-    assert parts.hash_file(catalog.path / catalog.parts[0].info.file) == catalog.parts[0].info.sha256
+    assert len(catalog) == rows
 
 
 @pytest.mark.parametrize("spec", [SPEC, LONG])
@@ -304,3 +311,219 @@ def test_parquet_export(tmp_path: Path, spec: SidSpec) -> None:
             codes[[1, 0, 2]]
         ).tolist()
     assert table.schema.metadata[b"catalog_fingerprint"].decode() == catalog.fingerprint
+
+
+def resealed(path: Path, edit) -> None:
+    """Change the configuration of a manifest as an attacker would, who computes the seal anew."""
+    file = path / "manifest.json"
+    body = json.loads(file.read_text())
+    edit(body)
+    there = {entry.name for entry in path.iterdir()}
+    files = {name: record_file(path, name)._asdict() for name in body["files"] if name in there}
+    body = sealed.seal(body["kind"], body["version"], body["config"], {"files": files or body["files"]})
+    file.write_text(sealed.to_text(body))
+
+
+def swap_ends(body: dict) -> None:
+    first, second = body["config"]["parts"]
+    for end in ("first_id", "last_id"):
+        first[end], second[end] = second[end], first[end]
+
+
+def test_parts_with_each_others_ends_are_refused(tmp_path: Path) -> None:
+    ids, codes = torch.arange(1000), random_codes(SPEC, 1000)
+    SidCatalog.create(tmp_path / "c", SPEC, ids, codes, MARK, part_items=500)
+    body = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    swap_ends(body)
+    write_json(tmp_path / "c" / "manifest.json", body)
+    with pytest.raises(ArtifactError, match="was altered"):
+        SidCatalog.open(tmp_path / "c", verify=False)
+    resealed(tmp_path / "c", lambda body: body["config"].update(items=1000))
+    with pytest.raises(ArtifactError, match="goes from id 0 to 499, not 500 to 999"):
+        SidCatalog.open(tmp_path / "c", verify=False)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda c: c.update(cardinalities=[8, 4]), "fingerprint does not fit"),
+        (lambda c: c.update(quantizer_fingerprint="cd" * 32), "fingerprint does not fit"),
+        (lambda c: c.update(items=11), "11 items"),
+        (lambda c: c.update(generation=2), "generation 2"),
+        (lambda c: c.update(parts=[]), "are not 1, 2, 3"),
+        (lambda c: c["parts"][0].update(generation=2), "are not 1, 2, 3"),
+        (lambda c: c["parts"][0].update(items=True), "parts[0].items"),
+        (lambda c: c["parts"][0].update(last_id=8), "has 10 items from id 0 to 8"),
+        (lambda c: c["parts"][0].update(file="../other.safetensors"), "its parts are not its files"),
+        (lambda c: c.update(cardinalities=[1, 4, 4]), "cardinality 1"),
+        (lambda c: c.update(cardinalities="844"), "cardinalities"),
+        (lambda c: c.pop("items"), "no 'items'"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path, edit, words: str) -> None:
+    make(tmp_path / "c", torch.arange(10))
+    resealed(tmp_path / "c", lambda body: edit(body["config"]))
+    with pytest.raises(ArtifactError) as error:
+        SidCatalog.open(tmp_path / "c", verify=False)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"item_ids": torch.arange(10).flip(0)}, "goes from id 9 to 0"),
+        ({"item_ids": torch.tensor([0, *range(8, 0, -1), 9])}, "do not ascend"),
+        ({"item_ids": torch.arange(10, dtype=torch.int32)}, "item_ids is torch.int32"),
+        ({"sids": torch.full((10,), 1 << 7)}, "more than 7 bits"),
+        ({"sids": torch.full((10,), -1)}, "more than 7 bits"),
+        ({"sids": torch.zeros(10, 1, dtype=torch.uint8)}, "sids is torch.uint8"),
+        ({"sids": torch.zeros(9, dtype=torch.int64)}, "(9,)"),
+        ({"more": torch.zeros(1)}, "['item_ids', 'more', 'sids']"),
+    ],
+)
+def test_a_part_with_other_rows_is_refused_whatever_its_seal(tmp_path: Path, tensors, words: str) -> None:
+    ids = torch.arange(10)
+    make(tmp_path / "c", ids)
+    part = next((tmp_path / "c").glob("part-*"))
+    save_file({"item_ids": ids, "sids": torch.zeros(10, dtype=torch.int64), **tensors}, part)
+    record = record_file(tmp_path / "c", part.name)
+
+    def edit(body: dict) -> None:
+        head = json.dumps(["sid_catalog", list(SPEC.cardinalities), MARK])
+        body["config"]["fingerprint"] = sha256((head + record.sha256).encode()).hexdigest()
+
+    resealed(tmp_path / "c", edit)
+    with pytest.raises(ArtifactError) as error:
+        SidCatalog.open(tmp_path / "c")
+    assert words in str(error.value)
+
+
+def test_every_byte_of_a_manifest_is_sealed(tmp_path: Path) -> None:
+    make(tmp_path / "c", torch.arange(10))
+    file = tmp_path / "c" / "manifest.json"
+    good = file.read_bytes()
+    for place in range(len(good)):
+        for value in (good[place] ^ 1, ord(" "), ord("9")):
+            if value != good[place]:
+                file.write_bytes(good[:place] + bytes([value]) + good[place + 1 :])
+                with pytest.raises(ArtifactError):
+                    SidCatalog.open(tmp_path / "c", verify=False)
+    for more in (b" ", b"\n", b"{}"):
+        file.write_bytes(good + more)
+        with pytest.raises(ArtifactError):
+            SidCatalog.open(tmp_path / "c", verify=False)
+
+
+def test_no_name_leads_out_and_no_link_is_followed(tmp_path: Path) -> None:
+    make(tmp_path / "c", torch.arange(10))
+    part = next((tmp_path / "c").glob("part-*"))
+    part.rename(tmp_path / "aside")
+    part.symlink_to(tmp_path / "aside")
+    with pytest.raises(ArtifactError, match="symbolic link"):
+        SidCatalog.open(tmp_path / "c")
+    part.unlink()
+    for name in ("../aside", str(tmp_path / "aside"), "a/../../aside", "..", "", "a\\b", "x\0"):
+
+        def edit(body: dict, name: str = name) -> None:
+            body["config"]["parts"][0]["file"] = name
+            body["files"] = {name: next(iter(body["files"].values()))}
+
+        resealed(tmp_path / "c", edit)
+        with pytest.raises(ArtifactError, match="stay inside their folder|no such file"):
+            SidCatalog.open(tmp_path / "c")
+
+
+def test_a_catalog_lives_on_object_storage() -> None:
+    path = f"memory://shop/{uuid.uuid4()}/catalog"
+    ids = torch.arange(0, 40, 2)
+    codes = random_codes(SPEC, 20)
+    first = SidCatalog.create(path, SPEC, ids, codes, MARK, part_items=8)
+    second = first.append(ids + 1, codes, MARK)
+    opened = SidCatalog.open(path)
+    assert opened.fingerprint == second.fingerprint and len(opened) == 40
+    assert torch.equal(opened.codes(ids + 1), codes)
+    assert torch.equal(SidCatalog.open(path, generation=1).codes(ids), codes)
+    with pytest.raises(ArtifactError, match="holds a catalog already"):
+        SidCatalog.create(path, SPEC, ids, codes, MARK)
+    part = RemotePath(path) / opened.parts[0].info.file
+    part.write_bytes(b"x" * part.size())
+    with pytest.raises(ArtifactError, match="do not match the manifest"):
+        SidCatalog.open(path)
+    SidCatalog.create(path, SPEC, ids, codes, MARK, overwrite=True)
+    assert len(list(RemotePath(path).iterdir())) == 2, "the old parts are gone"
+
+
+def test_a_key_signs_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "plain", torch.arange(10))
+    monkeypatch.setenv("TORCHREC_SID_KEY", "k" * 16)
+    with pytest.raises(ArtifactError, match="is not signed"):
+        SidCatalog.open(tmp_path / "plain")
+    make(tmp_path / "c", torch.arange(10))
+    damage(tmp_path / "c", "flipped")
+    with pytest.raises(ArtifactError, match="do not match the manifest"):
+        SidCatalog.open(tmp_path / "c", verify=False)
+    monkeypatch.setenv("TORCHREC_SID_KEY", "other key, as long")
+    with pytest.raises(ArtifactError, match="another key"):
+        SidCatalog.open(tmp_path / "c")
+    monkeypatch.setenv("TORCHREC_SID_KEY", "short")
+    with pytest.raises(SidError, match="Give a random key"):
+        SidCatalog.open(tmp_path / "c")
+    monkeypatch.delenv("TORCHREC_SID_KEY")
+    with pytest.raises(ArtifactError, match="do not match the manifest"):
+        SidCatalog.open(tmp_path / "c")
+
+
+def test_a_catalog_of_an_earlier_release_opens_and_grows(tmp_path: Path) -> None:
+    copy = shutil.copytree(ARTEFACTS / "catalog", tmp_path / "catalog")
+    ids = torch.arange(100, 140)
+    codes = torch.stack([(ids * 5 + level) % k for level, k in enumerate(SPEC.cardinalities)], 1)
+    old = SidCatalog.open(copy)
+    assert old.generation == 2 and torch.equal(old.codes(ids), codes)
+    assert old.fingerprint == json.loads((copy / "manifest.json").read_text())["fingerprint"]
+    new = old.append(torch.tensor([7]), codes[:1], MARK)
+    assert new.extends(old.fingerprint) and torch.equal(SidCatalog.open(copy).codes(ids), codes)
+    assert SidCatalog.open(copy, generation=1).fingerprint == old.lineage[0]
+    body = json.loads((ARTEFACTS / "catalog" / "manifest.json").read_text())
+    for odd in ({}, {**body, "parts": 3}, {**body, "items": 7}, {**body, "parts": [{}]}):
+        write_json(copy / "manifest.json", odd)
+        with pytest.raises(ArtifactError):
+            SidCatalog.open(copy)
+
+
+def test_a_catalog_takes_the_place_of_a_damaged_one_and_of_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path / "c", torch.arange(10))
+    (tmp_path / "c" / "manifest.json").write_text("{")
+    codes = random_codes(SPEC, 5)
+    assert len(SidCatalog.create(tmp_path / "c", SPEC, torch.arange(5), codes, MARK, overwrite=True)) == 5
+    write_json(tmp_path / "c" / "manifest.json", {"kind": "checkpoint", "version": 1})
+    with pytest.raises(SidError, match="not a catalog"):
+        SidCatalog.create(tmp_path / "c", SPEC, torch.arange(5), codes, MARK, overwrite=True)
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    catalog, _ = make(tmp_path / "c", torch.arange(10))
+    folder = tmp_path / "c"
+    for name in (
+        ".part-000001-0123456789abcdef.safetensors.abcdefgh",
+        ".tmpAbc123",
+        "part-mine.safetensors",
+    ):
+        (folder / name).write_text("x")
+    (folder / ".part-000002-0123456789abcdef.safetensors.work-abc").mkdir()
+    catalog.append(torch.tensor([10]), random_codes(SPEC, 1), MARK)
+    names = {file.name for file in folder.iterdir()}
+    assert len(names) == 4 and "part-mine.safetensors" in names
+
+
+def test_an_append_needs_the_lock_and_names_its_holder(tmp_path: Path) -> None:
+    catalog, _ = make(tmp_path / "c", torch.arange(10))
+    context = multiprocessing.get_context("fork")
+    with folder_lock(tmp_path / "c"):
+        process = context.Process(
+            target=catalog.append, args=(torch.tensor([10]), random_codes(SPEC, 1), MARK)
+        )
+        process.start()
+        process.join(1)
+        assert process.is_alive() and SidCatalog.open(tmp_path / "c").generation == 1
+    process.join(60)
+    assert SidCatalog.open(tmp_path / "c").generation == 2

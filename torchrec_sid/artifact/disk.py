@@ -43,7 +43,7 @@ _SAYS = {
 }
 _OS_ERROR = re.compile(r"os error (\d+)|errno (\d+)", re.IGNORECASE)
 # What releases before work folders left of a killed write: mkstemp's names.
-_EARLIER_TEMPORARY = re.compile(r"^[a-z0-9_]{8}$")
+_EARLIER_TEMPORARY = re.compile(r"[a-z0-9_]{8}")
 _DAY = 86_400
 
 
@@ -89,7 +89,7 @@ def work_folder(target: Path) -> Iterator[Path]:
         target: what will be moved into place out of the folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target)
+    remove_leftovers(target.parent, target.name)
     folder, handle = _make_work_folder(target)
     try:
         yield folder
@@ -100,7 +100,7 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 def _make_work_folder(target: Path) -> tuple[Path, int]:
     for _ in range(100):
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:200]}.work-"))
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.work-"))
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -111,16 +111,21 @@ def _make_work_folder(target: Path) -> tuple[Path, int]:
     raise SidError(str(target), "work folders disappear as they are made", "Let one process write it.")
 
 
-def remove_leftovers(target: Path) -> None:
-    """Remove what killed writers of ``target`` left beside it."""
-    prefix = f".{target.name[:200]}."
-    with suppress(OSError), os.scandir(target.parent) as entries:
-        left = [entry for entry in entries if entry.name.startswith(prefix)]
-        for entry in left:
-            rest = entry.name.removeprefix(prefix)
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder.
+
+    Args:
+        folder: where they wrote.
+        name: of what they wrote; None: whatever it was, for a caller that holds the folder's lock.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in list(entries):
+            target, _, rest = entry.name.removeprefix(".").rpartition(".")
+            if not entry.name.startswith(".") or not target or name not in (None, target):
+                continue
             if rest.startswith("work-") and entry.is_dir(follow_symlinks=False):
                 _remove_if_free(Path(entry.path))
-            elif _EARLIER_TEMPORARY.match(rest) and entry.is_file(follow_symlinks=False):
+            elif _EARLIER_TEMPORARY.fullmatch(rest) and entry.is_file(follow_symlinks=False):
                 with suppress(OSError):
                     if time.time() - entry.stat(follow_symlinks=False).st_mtime > _DAY:
                         Path(entry.path).unlink()

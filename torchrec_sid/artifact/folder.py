@@ -236,7 +236,8 @@ def _from_body(
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, ArtifactError):
                 raise
-            raise ArtifactError(where, f"is damaged ({error!r})", sealed.AGAIN) from error
+            what = f"lacks {error}" if isinstance(error, KeyError) else repr(error)
+            raise ArtifactError(where, f"is damaged ({what})", sealed.AGAIN) from error
         return SealedFolder(place, kind, old.version, old.config, _checked(files, where), "", False)
     sealed.check_kind(
         where, body.get("kind"), body.get("version"), wanted=kind, newest=version, holder="folder"
@@ -368,6 +369,15 @@ def require_ours(path: Path, kind: str, manifest: str = MANIFEST) -> None:
     for file in sorted(path.rglob("*")):
         if not file.is_dir() and file.relative_to(path).as_posix() not in listed:
             raise SidError(str(path), f"holds {file.name!r}, which is not of this {_words(kind)}", remedy)
+
+
+def claims_kind(path: Place, manifest: str = MANIFEST) -> str | None:
+    """The kind that a manifest names, whatever else is wrong with it; None if none."""
+    try:
+        body, _ = _read_body(path, manifest, "artefact", "")
+    except ArtifactError:
+        return None
+    return str(body["kind"]) if "kind" in body else None
 
 
 def _listed(path: Path, kind: str, manifest: str) -> set[str] | None:

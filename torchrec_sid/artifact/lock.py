@@ -56,6 +56,9 @@ def folder_lock(path: str | Path | RemotePath, *, wait: bool = True) -> Iterator
         with disk_errors(place):
             yield
     finally:
+        # Said aloud: a worker that was forked meanwhile has the handle too.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

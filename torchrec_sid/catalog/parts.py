@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchrec_sid.artifact import write_atomically
+from torchrec_sid.artifact import FileRecord, Place, SealedFolder, record_file, write_atomically
+from torchrec_sid.artifact.folder import read_tensors
+from torchrec_sid.artifact.place import open_member
+from torchrec_sid.catalog.generations import PartInfo
 from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.spec import SidSpec
 
-
-@dataclass(frozen=True)
-class PartInfo:
-    """A part as the manifest lists it."""
-
-    file: str
-    """Name within the catalog folder."""
-    generation: int
-    """The generation that added it."""
-    items: int
-    """n."""
-    first_id: int
-    """Smallest item id."""
-    last_id: int
-    """Largest item id."""
-    bytes: int
-    """Size of the file."""
-    sha256: str
-    """Hash of the file, hexadecimal."""
+_REMEDY = "The file is not the one that was written: copy the catalog again, or make it again."
+_CHECKED_ROWS = 1 << 20
 
 
 class Located(NamedTuple):
@@ -67,7 +51,9 @@ class CatalogPart(NamedTuple):
         return Located(inside, row)
 
 
-def write_part(folder: Path, item_ids: Tensor, sids: Tensor, generation: int) -> PartInfo:
+def write_part(
+    folder: Place, item_ids: Tensor, sids: Tensor, generation: int
+) -> tuple[PartInfo, FileRecord]:
     """Write one part and say what it is; the rows are sorted here.
 
     Args:
@@ -77,7 +63,7 @@ def write_part(folder: Path, item_ids: Tensor, sids: Tensor, generation: int) ->
         generation: the generation that will list it.
 
     Raises:
-        SidError: an item id that occurs twice.
+        SidError: an item id that occurs twice; the disk is full, read-only or not ours.
     """
     order = item_ids.argsort()
     item_ids, sids = item_ids[order], sids[order]
@@ -89,54 +75,92 @@ def write_part(folder: Path, item_ids: Tensor, sids: Tensor, generation: int) ->
     name = f"part-{generation:06d}-{_content_hash(item_ids, sids)[:16]}.safetensors"
     tensors = {"item_ids": item_ids.contiguous(), "sids": sids.contiguous()}
     write_atomically(folder / name, lambda temporary: save_file(tensors, temporary))
-    path = folder / name
-    return PartInfo(
-        file=name,
-        generation=generation,
-        items=len(item_ids),
-        first_id=int(item_ids[0]),
-        last_id=int(item_ids[-1]),
-        bytes=path.stat().st_size,
-        sha256=hash_file(path),
-    )
+    info = PartInfo(name, generation, len(item_ids), int(item_ids[0]), int(item_ids[-1]))
+    return info, record_file(folder, name)
 
 
-def open_part(folder: Path, info: PartInfo, *, verify: bool) -> CatalogPart:
-    """Map a part into memory.
+def open_part(folder: SealedFolder, info: PartInfo, spec: SidSpec) -> CatalogPart:
+    """Map a part into memory, and compare its rows and ends with the manifest.
 
     Args:
-        folder: the catalog's folder.
-        info: its entry in the manifest.
-        verify: compare the file's hash with the manifest (reads it once); the size always is compared.
+        folder: the catalog's.
+        info: the part's entry in the manifest.
+        spec: of its SIDs.
 
     Raises:
-        ArtifactError: missing, truncated or altered.
+        ArtifactError: missing, of another size, or not the rows that the manifest says.
     """
-    path = folder / info.file
-    if not path.is_file():
-        raise ArtifactError(str(path), "no such file", "Copy the whole catalog folder, or make it again.")
-    size = path.stat().st_size
-    if size != info.bytes:
+    return _part(folder.tensors(info.file), info, spec, f"{folder.path}/{info.file}")
+
+
+def read_part(path: Place, info: PartInfo, spec: SidSpec) -> CatalogPart:
+    """A part that no manifest lists yet, as :func:`open_part` gives it."""
+    where = f"{path}/{info.file}"
+    with open_member(path, info.file) as file:
+        return _part(read_tensors(file, where), info, spec, where)
+
+
+def _part(tensors: dict[str, Tensor], info: PartInfo, spec: SidSpec, where: str) -> CatalogPart:
+    if set(tensors) != {"item_ids", "sids"}:
+        raise ArtifactError(where, f"holds {sorted(tensors)[:8]}, not item_ids and sids", _REMEDY)
+    wanted = {
+        "item_ids": (torch.int64, (info.items,)),
+        "sids": (torch.int64, (info.items,))
+        if spec.fits_int64
+        else (torch.uint8, (info.items, spec.nbytes)),
+    }
+    for name, (dtype, shape) in wanted.items():
+        found = tensors[name]
+        if (found.dtype, tuple(found.shape)) != (dtype, shape):
+            raise ArtifactError(
+                where, f"{name} is {found.dtype} of {tuple(found.shape)}, not {dtype} of {shape}", _REMEDY
+            )
+    ids = tensors["item_ids"]
+    ends = int(ids[0]), int(ids[-1])
+    if ends != (info.first_id, info.last_id):
         raise ArtifactError(
-            str(path),
-            f"{size} bytes, the manifest says {info.bytes}",
-            "The file was cut or altered: copy it again.",
+            where, f"goes from id {ends[0]} to {ends[1]}, not {info.first_id} to {info.last_id}", _REMEDY
         )
-    if verify and hash_file(path) != info.sha256:
-        raise ArtifactError(
-            str(path), "its hash is not the one in the manifest", "The file was altered: copy it again."
-        )
+    return CatalogPart(info, ids, tensors["sids"])
+
+
+def check_rows(parts: tuple[CatalogPart, ...], spec: SidSpec, path: Place) -> None:
+    """Read every row of the parts: ids ascend, none is in two parts, codes are in the alphabet.
+
+    Raises:
+        ArtifactError: naming the part.
+    """
+    for number, part in enumerate(parts):
+        where = f"{path}/{part.info.file}"
+        for begin in range(0, part.info.items, _CHECKED_ROWS):
+            ids = part.item_ids[max(begin - 1, 0) : begin + _CHECKED_ROWS]
+            if not bool((ids[1:] > ids[:-1]).all()):
+                raise ArtifactError(where, "its item ids do not ascend", _REMEDY)
+            _check_alphabet(part.sids[begin : begin + _CHECKED_ROWS], spec, where)
+        for other in parts[:number]:
+            if other.info.last_id < part.info.first_id or part.info.last_id < other.info.first_id:
+                continue
+            shared = other.locate(part.item_ids).found
+            if bool(shared.any()):
+                raise ArtifactError(
+                    where, f"item id {int(part.item_ids[shared][0])} is in {other.info.file} too", _REMEDY
+                )
+
+
+def _check_alphabet(sids: Tensor, spec: SidSpec, where: str) -> None:
+    if spec.fits_int64:
+        low, high = (int(bound) for bound in sids.aminmax())
+        if low < 0 or high >> spec.bits:
+            raise ArtifactError(
+                where, f"SIDs from {low} to {high} have more than {spec.bits} bits", _REMEDY
+            )
+        if all(k & (k - 1) == 0 for k in spec.cardinalities):
+            return
+    codes = spec.unpack(sids) if spec.fits_int64 else spec.unpack_bytes(sids)
     try:
-        with safe_open(path, framework="pt") as file:
-            return CatalogPart(info, file.get_tensor("item_ids"), file.get_tensor("sids"))
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(str(path), f"not readable ({error})", "Copy it again.") from error
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 (hex) of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        spec.validate(codes)
+    except SidError as error:
+        raise ArtifactError(where, error.found, _REMEDY) from error
 
 
 def _content_hash(*tensors: Tensor) -> str:

@@ -1,24 +1,23 @@
 """`SidCatalog`: the artefact that maps item ids to Semantic IDs.
 
-A catalog is a folder: immutable part files, memory-mapped, and ``manifest.json``, which lists them and is
-replaced last and atomically. An append adds a part and a generation; what is published never moves.
+A catalog is a folder, on a local disk or at a URI: immutable part files, memory-mapped where they are
+local, and ``manifest.json``, which lists them and is replaced last and atomically. An append adds a part
+and a generation; what is published never moves.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchrec_sid.artifact import folder_lock, write_atomically
-from torchrec_sid.catalog import manifest as manifests
-from torchrec_sid.catalog.manifest import Manifest
-from torchrec_sid.catalog.parts import CatalogPart, open_part
+from torchrec_sid.artifact import Place, folder_lock, has_manifest, locate, write_atomically
+from torchrec_sid.catalog.generations import Generations, listed_files, publish, read
+from torchrec_sid.catalog.parts import CatalogPart, check_rows, open_part
 from torchrec_sid.catalog.writer import Ids, as_pairs, check_ids, write_parts
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.spec import SidSpec
@@ -46,16 +45,16 @@ class SidCatalog:
         [[3, 0], [1, 2]]
     """
 
-    def __init__(self, path: Path, manifest: Manifest, parts: tuple[CatalogPart, ...]) -> None:
+    def __init__(self, path: Place, generations: Generations, parts: tuple[CatalogPart, ...]) -> None:
         self.path = path
         self.parts = parts
-        self.spec = SidSpec(manifest.cardinalities)
+        self.spec = generations.spec
         """The shape of its SIDs."""
-        self.quantizer_fingerprint = manifest.quantizer_fingerprint
+        self.quantizer_fingerprint = generations.quantizer_fingerprint
         """Fingerprint of the quantizer that made the SIDs."""
-        self.generation = manifest.generation
+        self.generation = generations.newest
         """1 when created, one more with each append."""
-        self.lineage = manifest.lineage
+        self.lineage = generations.lineage
         """Fingerprints of all generations up to this one, oldest first."""
 
     @property
@@ -71,14 +70,14 @@ class SidCatalog:
         return sum(part.info.items for part in self.parts)
 
     @staticmethod
-    def exists(path: str | Path) -> bool:
+    def exists(path: str | Place) -> bool:
         """Whether a folder holds a complete catalog."""
-        return manifests.exists(Path(path))
+        return has_manifest(path)
 
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        path: str | Place,
         spec: SidSpec,
         item_ids: Ids | Iterable[tuple[Ids, Tensor]],
         codes: Tensor | None = None,
@@ -90,7 +89,7 @@ class SidCatalog:
         """Write a new catalog and open it.
 
         Args:
-            path: folder; made if missing.
+            path: folder, a local path or a URI (``s3://...``); made if missing.
             spec: the shape of the SIDs.
             item_ids: ``[N]`` int64, each once; or an iterable of pairs (ids ``[n]``, codes ``[n, L]``),
                 which never has to fit in memory.
@@ -103,37 +102,43 @@ class SidCatalog:
             SidError: no items, ids that are not integers or occur twice, codes outside the spec.
             ArtifactError: there is a catalog already.
         """
-        path = Path(path)
+        place = locate(path)
         if not quantizer_fingerprint:
             raise SidError("quantizer_fingerprint", "empty", "Pass quantizer.fingerprint.")
-        with folder_lock(path):
-            if manifests.exists(path) and not overwrite:
+        with folder_lock(place):
+            if has_manifest(place) and not overwrite:
                 raise ArtifactError(
-                    str(path),
+                    str(place),
                     "holds a catalog already",
                     "Append to it, choose another path, or pass overwrite=True.",
                 )
-            parts = write_parts(path, spec, as_pairs(item_ids, codes), 1, (), part_items)
-            manifests.publish(path, Manifest(spec.cardinalities, quantizer_fingerprint, parts))
-        return cls.open(path, verify=False)
+            pairs = as_pairs(item_ids, codes)
+            listed = listed_files(place)
+            parts, files = write_parts(place, spec, pairs, 1, (), part_items, listed)
+            publish(place, Generations(spec, quantizer_fingerprint, parts, files))
+        return cls.open(place, verify=False)
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True, generation: int | None = None) -> SidCatalog:
-        """Open a catalog; its parts are memory-mapped.
+    def open(cls, path: str | Place, *, verify: bool = True, generation: int | None = None) -> SidCatalog:
+        """Open a catalog; its parts are memory-mapped on a local disk, and read from a URI.
 
         Args:
             path: folder written by :meth:`create`.
-            verify: check the hash of every part (reads each once); sizes are checked always.
+            verify: read every part once: compare its hash, the order of its ids and its codes. Manifest,
+                sizes, shapes and ends are checked always.
             generation: an earlier generation; the newest by default.
 
         Raises:
             ArtifactError: missing, of another kind or a newer version, truncated, altered.
         """
-        path = Path(path)
-        manifest = manifests.read(path)
+        place = locate(path)
+        generations, folder = read(place, verify=verify)
         if generation is not None:
-            manifest = manifest.at(generation, path)
-        return cls(path, manifest, tuple(open_part(path, part, verify=verify) for part in manifest.parts))
+            generations = generations.at(generation, place)
+        parts = tuple(open_part(folder, part, generations.spec) for part in generations.parts)
+        if verify:
+            check_rows(parts, generations.spec, place)
+        return cls(place, generations, parts)
 
     def append(
         self,
@@ -165,16 +170,25 @@ class SidCatalog:
                 "Encode new items with the catalog's quantizer, or create a new catalog.",
             )
         with folder_lock(self.path):
-            manifest = manifests.read(self.path)
-            if manifest.lineage != self.lineage:
+            # Everything that the new generation will vouch for is read once more.
+            generations, _ = read(self.path, verify=True)
+            if generations.lineage != self.lineage:
                 raise ArtifactError(
                     str(self.path),
                     f"generation {self.generation} is not its newest",
                     "Open the catalog again and append to that.",
                 )
             pairs = as_pairs(item_ids, codes)
-            new = write_parts(self.path, self.spec, pairs, self.generation + 1, self.parts, part_items)
-            manifests.publish(self.path, replace(manifest, parts=manifest.parts + new))
+            parts, files = write_parts(
+                self.path,
+                self.spec,
+                pairs,
+                self.generation + 1,
+                self.parts,
+                part_items,
+                set(generations.files),
+            )
+            publish(self.path, generations.grown(parts, files))
         return SidCatalog.open(self.path, verify=False)
 
     def contains(self, item_ids: Ids) -> Tensor:

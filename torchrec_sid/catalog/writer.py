@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_sid.catalog import manifest as manifests
-from torchrec_sid.catalog.parts import CatalogPart, PartInfo, open_part, write_part
+from torchrec_sid.artifact import FileRecord, Place
+from torchrec_sid.catalog.generations import PartInfo, drop_unlisted
+from torchrec_sid.catalog.parts import CatalogPart, read_part, write_part
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 
@@ -45,19 +45,30 @@ def as_pairs(
 
 
 def write_parts(
-    path: Path,
+    path: Place,
     spec: SidSpec,
     pairs: Iterable[tuple[Ids, Tensor]],
     generation: int,
     published: tuple[CatalogPart, ...],
     part_items: int,
-) -> tuple[PartInfo, ...]:
+    listed: set[str],
+) -> tuple[tuple[PartInfo, ...], dict[str, FileRecord]]:
     """Write pairs as parts; on failure, remove what was written.
+
+    Args:
+        path: the catalog's folder.
+        spec: of the SIDs.
+        pairs: ids ``[n]`` and codes ``[n, L]``.
+        generation: the generation that will list the parts.
+        published: parts whose ids may not occur again.
+        part_items: items per part.
+        listed: files of the manifest that is there, which stay.
 
     Raises:
         SidError: no items, codes outside the spec, an id that is published already or occurs twice.
     """
-    parts = list(published)
+    parts, files = list(published), dict[str, FileRecord]()
+    drop_unlisted(path, listed)
     try:
         for ids, sids in _chunks(spec, pairs, part_items):
             for part in parts:
@@ -68,13 +79,15 @@ def write_parts(
                         f"item id {int(ids[found][0])} is in the catalog already",
                         "Published SIDs never move: give each new item once.",
                     )
-            parts.append(open_part(path, write_part(path, ids, sids, generation), verify=False))
+            info, record = write_part(path, ids, sids, generation)
+            files[info.file] = record
+            parts.append(read_part(path, info, spec))
         if len(parts) == len(published):
             raise SidError("item_ids", "no items", "Give at least one.")
     except BaseException:
-        manifests.drop_unlisted(path)
+        drop_unlisted(path, listed)
         raise
-    return tuple(part.info for part in parts[len(published) :])
+    return tuple(part.info for part in parts[len(published) :]), files
 
 
 def _chunks(
