@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +24,7 @@ from torchrec_sid.models.channels import ARMS, arm_named
 from torchrec_sid.quantizers import ResidualKMeansConfig, VqFusionConfig
 from torchrec_sid.tables.pieces import PieceTrainerConfig
 
-from .cli import parse_config, plain_errors
+from .cli import command_line, parse_config, plain_errors
 from .launch import launch_training
 from .learn_sids import LearnedSids, SidRecipe, learn_sids, sid_options
 from .report import markdown_table, summarise_arm, terminal_table, write_report
@@ -68,7 +66,8 @@ class CompareConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    config = parse_config(CompareConfig, __doc__, argv)
+    with plain_errors():
+        config = parse_config(CompareConfig, __doc__, argv)
     console = Console()
     with plain_errors():
         report = compare(config, console)
@@ -100,7 +99,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         "dataset": data.name,
         "world_size": config.processes,
         "seeds": list(range(config.seeds)),
-        "command": shlex.join(["python", "-m", "apps.compare", *sys.argv[1:]]),
+        "command": command_line(),
         "git": git_commit(),
         "evaluated_on": config.evaluate_on,
         "arms": [summarise_arm(runs[name]) for name in config.arms],

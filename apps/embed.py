@@ -52,7 +52,8 @@ class EmbedConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    config = parse_config(EmbedConfig, __doc__, argv)
+    with plain_errors():
+        config = parse_config(EmbedConfig, __doc__, argv)
     with plain_errors(), Console().status("embedding titles"):
         path, shape = embed(config)
     print(f"{path}: {shape[0]:,} items x {shape[1]} dimensions")

@@ -14,8 +14,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.options import load_options
 
-from .cli import parse_config
+from .cli import parse_config, plain_errors
 from .failure import one_message
 from .rundir import set_up_logging
 from .session import open_session, start_processes
@@ -36,7 +37,8 @@ class EvaluateConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of each process; the number of processes need not be that of the training."""
     set_up_logging()
-    config = parse_config(EvaluateConfig, __doc__, argv)
+    with plain_errors():
+        config = parse_config(EvaluateConfig, __doc__, argv)
     try:
         with one_message():
             report = evaluate(config, start_processes())
@@ -78,7 +80,7 @@ def _read_config(run: Path) -> TrainConfig:
     file = run / "config.json"
     if not file.is_file():
         raise ArtifactError(str(file), "no such file", "Pass a run directory of apps.train.")
-    return replace(parse_config(TrainConfig, None, ["--config", str(file)]), plan=None)
+    return replace(load_options(TrainConfig, file), plan=None)
 
 
 if __name__ == "__main__":

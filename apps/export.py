@@ -29,6 +29,7 @@ from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.models.build import Ranking
 from torchrec_sid.models.dlrm import by_task
+from torchrec_sid.options import load_options
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.serving.exporter import ExportOptions, ExportReport, Program, export_model
 from torchrec_sid.serving.quantized import Precision
@@ -82,7 +83,8 @@ class TrainedRun(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    config = parse_config(ExportConfig, __doc__, argv)
+    with plain_errors():
+        config = parse_config(ExportConfig, __doc__, argv)
     with plain_errors():
         rows = export(config)
     print(f"milliseconds by batch; {torch.get_num_threads()} threads")
@@ -135,7 +137,7 @@ def open_run(config: ExportConfig) -> TrainedRun:
     file = Path(config.run) / "config.json"
     if not file.is_file():
         raise ArtifactError(str(file), "no such file", "Pass a run directory of apps.train.")
-    train = parse_config(TrainConfig, None, ["--config", str(file)])
+    train = load_options(TrainConfig, file)
     log = PreparedLog.open(Path(train.prepared or Path(train.output) / "prepared"))
     sids = open_item_sids(train, log)
     ranking = build_run(train, log, sids)

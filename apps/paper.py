@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -30,7 +28,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.models.channels import arm_named
 from torchrec_sid.parallel.optimizer import TableOptimizer
 
-from .cli import parse_config, plain_errors
+from .cli import command_line, parse_config, plain_errors
 from .launch import write_options
 from .learn_sids import LearnedSids, learn_sids, sid_options
 from .paper_report import paper_report, paper_table, write_paper
@@ -81,7 +79,8 @@ class PaperConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    config = parse_config(PaperConfig, __doc__, argv)
+    with plain_errors():
+        config = parse_config(PaperConfig, __doc__, argv)
     console = Console()
     with plain_errors():
         report = paper(config, console)
@@ -128,7 +127,7 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
         "dataset": data.name,
         "evaluated_on": config.evaluate_on,
         "seeds": list(range(config.seeds)),
-        "command": shlex.join(["python", "-m", "apps.paper", *sys.argv[1:]]),
+        "command": command_line(),
         "git": git_commit(),
     }
     write_paper(report, output)

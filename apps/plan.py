@@ -8,8 +8,6 @@ DIR/report.html.
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,19 +22,20 @@ from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, RankingConfig
+from torchrec_sid.options import plain
 from torchrec_sid.parallel.embedding_tables import find_tables, table_parameters
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import save_plan
 from torchrec_sid.parallel.plan_summary import format_summary
 from torchrec_sid.parallel.planner_config import PlannerConfig
-from torchrec_sid.parallel.planner_file import load_planner_config, planner_config_to_json
+from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.planning import make_plan, resolve_topology
 from torchrec_sid.parallel.wire import wire_bytes
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import SidPieces
 from torchrec_sid.tables.tokenizer import SidTokenizer
 
-from .cli import parse_config, plain_errors
+from .cli import command_line, parse_config, plain_errors
 from .plan_arms import PlanInputs, build_arm, check_arm
 from .plan_compare import compare_arms
 from .plan_report import plan_page, side_by_side_table
@@ -131,9 +130,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     local = planner.topology.local_world_size or 1
     wire = wire_bytes(planned.summary, planner.batch_size, local)
     report = {
-        "command": shlex.join(["python", "-m", "apps.plan", *sys.argv[1:]]),
+        "command": command_line(),
         "config": asdict(config),
-        "planner": planner_config_to_json(planner),
+        "planner": plain(planner),
         "summary": planned.summary.to_json(),
         "wire_bytes": {**wire._asdict(), "total": wire.total},
         "bytes_per_event": built.bytes_per_event,

@@ -103,7 +103,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(ServedConfig, __doc__, argv)
+    with plain_errors():
+        config = parse_config(ServedConfig, __doc__, argv)
     with plain_errors():
         rows = check_models(config.folders, config.batches, config.rounds)
     print(f"milliseconds by batch; {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}")

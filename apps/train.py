@@ -24,7 +24,7 @@ from torchrec_sid.training.loop import TrainResult
 from torchrec_sid.training.profile import StepProfiler
 from torchrec_sid.training.progress_line import TrainingProgress
 
-from .cli import parse_config
+from .cli import parse_config, plain_errors
 from .failure import one_message
 from .rundir import StepRecorder, describe_run, open_rank_log, set_up_logging
 from .session import Session, open_session, start_processes
@@ -37,7 +37,8 @@ logger = logging.getLogger("apps.train")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of each process."""
     set_up_logging()
-    config = parse_config(TrainConfig, __doc__, argv)
+    with plain_errors():
+        config = parse_config(TrainConfig, __doc__, argv)
     try:
         with one_message():
             device = start_processes()

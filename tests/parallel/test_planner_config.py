@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.options import make_options
 from torchrec_sid.parallel.planner_config import (
     COMPUTE_KERNELS,
     PARTITIONERS,
@@ -15,7 +16,7 @@ from torchrec_sid.parallel.planner_config import (
     TableConstraint,
     TopologyConfig,
 )
-from torchrec_sid.parallel.planner_file import load_planner_config, planner_config_from, save_planner_config
+from torchrec_sid.parallel.planner_file import load_planner_config, save_planner_config
 from torchrec_sid.parallel.presets import PRESETS, node_preset
 
 YAML = """
@@ -125,18 +126,18 @@ def test_a_configuration_survives_a_file(tmp_path_factory, config):
         (
             {"batchsize": 1},
             "planner",
-            "unknown key 'batchsize'. Known keys are topology, batch_size, tables",
+            "unknown key 'batchsize'. Did you mean batch_size? Known keys are topology, batch_size, tables",
         ),
         ({"topology": {"nodes": 1}}, "planner: topology", "Known keys are device, world_size"),
         (
             {"topology": {"world_size": "8"}},
             "planner: topology.world_size",
-            "'8' is a str. It must be a int.",
+            "'8' is a str. It must be an int or null.",
         ),
         ({"batch_size": True}, "planner: batch_size", "True is a bool"),
         ({"topology": {"node": "h900"}}, "planner: topology: topology.node", "Presets are v100_32gb, a100"),
         ({"tables": {"t": {"ranks": ["a"]}}}, "planner: tables.t.ranks[0]", "'a' is a str"),
-        ({"tables": [1]}, "planner: tables", "must map table names to constraints"),
+        ({"tables": [1]}, "planner: tables", "It must be a mapping, by name"),
         (
             {"tables": {"t": {"sharding_types": ["rowwise"]}}},
             "planner: tables.t: sharding_types",
@@ -148,7 +149,7 @@ def test_a_configuration_survives_a_file(tmp_path_factory, config):
 )
 def test_a_bad_key_or_value_is_named_with_its_path(value, where, message):
     with pytest.raises(SidError) as caught:
-        planner_config_from(value)
+        make_options(PlannerConfig, value, "planner")
     assert str(caught.value).startswith(where)
     assert message in str(caught.value)
 
@@ -156,7 +157,7 @@ def test_a_bad_key_or_value_is_named_with_its_path(value, where, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.json", "{}", "unknown suffix '.json'"),
+        ("p.ini", "", "unknown suffix '.ini'"),
         ("p.yaml", "a: [", "cannot be read"),
         ("p.toml", "a = ", "cannot be read"),
         (None, "", "no such file"),
