@@ -15,7 +15,7 @@ from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import Ranking, build_ranking
 from torchrec_sid.models.channels import Arm, arm_named
-from torchrec_sid.quantizers import Quantizer, VqFusion, load_quantizer
+from torchrec_sid.quantizers import load_quantizer
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.tables.pieces import SidPieces
@@ -81,7 +81,7 @@ def open_item_sids(config: TrainConfig, log: PreparedLog) -> ItemSids:
                 f"{config.side_quantizer} did not make {config.side_catalog}",
                 "Pass the quantizer that the catalog was written with.",
             )
-        item_bytes, basis = side_catalog.packed_bytes(ids)[order], _basis(quantizer)
+        item_bytes, basis = side_catalog.packed_bytes(ids)[order], FrozenBasis.from_quantizer(quantizer)
     if config.hide_new:
         new = torch.from_numpy(np.array(log.item_train_events) == 0)
         if item_sids is not None:
@@ -117,13 +117,3 @@ def _needed(option: str, value: str | None, arm: Arm) -> str:
     if value is None:
         raise SidError(option, f"missing, but arm {arm.name!r} reads it", f"Pass --{option}.")
     return value
-
-
-def _basis(quantizer: Quantizer) -> FrozenBasis:
-    """The decoder as a sum over levels: of a fused SID, that of its latent."""
-    if not isinstance(quantizer, VqFusion):
-        return FrozenBasis.from_quantizer(quantizer)
-    config, bottleneck = quantizer.config, quantizer.bottleneck
-    books = [bottleneck.codebook(level).cpu() for level in range(len(config.codebooks))]
-    tables = (*books, *bottleneck.basis.detach().cpu().split(1))
-    return FrozenBasis(quantizer.spec, tuple(table.detach() for table in tables), bottleneck.center.cpu())

@@ -16,13 +16,13 @@ from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.models.channels import Arm
+from torchrec_sid.quality import measure_quality
 from torchrec_sid.quantizers import (
-    EmbeddingQuantizerConfig,
     Quantizer,
     VqFusionConfig,
     make_quantizer,
 )
-from torchrec_sid.quantizers.impressions import sample_impressed
+from torchrec_sid.quantizers.sample import sample_impressed
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
 
 from .quantize_content import Content, fit_fusion
@@ -33,7 +33,7 @@ from .quantize_report import plot_quality
 class SidRecipe:
     """How to learn one catalog."""
 
-    quantizer: EmbeddingQuantizerConfig | VqFusionConfig
+    quantizer: Any
     """What learns the SIDs."""
     source: str | None = None
     """Embedding source; default: the log's own. Fusion takes ``sources``."""
@@ -115,7 +115,7 @@ def _learn(recipe: SidRecipe, data: Path, log: PreparedLog, output: Path) -> Non
         if recipe.impressed:
             sample = sample_impressed(matrix, impressions, seed=recipe.quantizer.seed)
         quantizer.fit(sample)
-        quality = quantizer.quality(matrix if bool(seen.all()) else matrix[~seen])
+        quality = measure_quality(quantizer, matrix if bool(seen.all()) else matrix[~seen])
         write_json(output / "quality.json", quality.to_dict())
         plot_quality(quality, output / "quality.png")
         codes = quantizer.encode(matrix)

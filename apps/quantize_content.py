@@ -23,7 +23,6 @@ from torchrec_sid.quantizers import (
     VqFusion,
     VqFusionConfig,
 )
-from torchrec_sid.quantizers.fusion.packed_view import PackedView
 from torchrec_sid.quantizers.fusion.source_rows import FusionData
 from torchrec_sid.streams import EmbeddingStream
 
@@ -160,7 +159,7 @@ class Content:
     def __init__(self, folder: LogFolder, quantizer: Quantizer, home: Path) -> None:
         self.folder = folder
         self.fusion = quantizer if isinstance(quantizer, VqFusion) else None
-        self.view: Quantizer = quantizer if self.fusion is None else PackedView(self.fusion)
+        self.view = quantizer
         """Encodes and decodes the vectors."""
         self._classes = Classes()
         self._embeddings: tuple[str, ...] = ()
@@ -176,11 +175,7 @@ class Content:
         if fusion is None:
             return item_stream(self.folder, rows)
         chosen = self._rows(rows)
-        opened = FusionData(chosen.data, fusion.sources, chosen.present)
-        name = str(self.folder.path)
-        return EmbeddingStream(
-            lambda: map(fusion.pack, opened), fusion.inputs.columns, int(rows.sum()), name
-        )
+        return fusion.rows(FusionData(chosen.data, fusion.sources, chosen.present))
 
     def sources(self, rows: Array, beam: int) -> dict[str, dict[str, Any]]:
         """What a fused SID keeps of each source of the chosen rows; empty for other quantizers."""

@@ -32,7 +32,7 @@ quantizer = torchrec_sid.quantizers.ResidualKMeans(
     8, torchrec_sid.quantizers.ResidualKMeansConfig(cardinalities=(4, 4))
 )
 quantizer.fit(x)
-print(quantizer.quality(x).items)
+print(torchrec_sid.quality.measure_quality(quantizer, x).items)
 assert torchrec_sid.ResidualKMeans is torchrec_sid.quantizers.ResidualKMeans
 assert torchrec_sid.SidCatalog and torchrec_sid.DiscretePca and torchrec_sid.CodeSpaceAttention
 """

@@ -124,7 +124,7 @@ def _vq_fusion(x: Tensor, bits: int, seed: int) -> Fitted:
     quantizer.eval()
     return Fitted(
         lambda y: quantizer.encode({"x": y}),
-        lambda codes: quantizer.decode(codes)["x"],
+        lambda codes: quantizer.decode_sources(codes)["x"],
         sum(log2(k) for k in quantizer.spec.cardinalities),
         quantizer.decoder_floats,
     )

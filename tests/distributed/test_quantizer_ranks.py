@@ -13,8 +13,7 @@ from tests.quantizers.test_vq_fusion import SMALL as FUSION
 from tests.quantizers.test_vq_fusion import SOURCES, items
 from torchrec_sid.artifact import fingerprint
 from torchrec_sid.quantizers import RqVae, RqVaeConfig, VqFusion
-from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
-from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig, start_bottleneck
 from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.gradient_fit import all_tensors
 

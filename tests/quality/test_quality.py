@@ -81,7 +81,7 @@ def test_errors_match_the_definition() -> None:
         left = held_out - quantizer.decode(codes[:, : level.level])
         assert level.fvu == pytest.approx(float(left.square().sum() / variance), rel=1e-4)
     assert report.fvu == report.levels[-1].fvu and (report.held_out, report.items) == (500, 500)
-    assert quantizer.quality(held_out).to_dict() == report.to_dict()
+    assert measure_quality(quantizer, held_out).to_dict() == report.to_dict()
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["verdict"]["name"] == "healthy"
 
 
@@ -155,14 +155,14 @@ def test_the_hash_is_a_bijection_that_spreads_and_long_prefixes_have_keys() -> N
 
 def test_verdicts() -> None:
     x, _ = tree(4000)
-    assert fitted(x).quality(x).verdict.name == "healthy"
-    assert fitted(x, (2,)).quality(x).verdict.name == "too coarse"
-    unique = fitted(x, (64, 256)).quality(x)
+    assert measure_quality(fitted(x), x).verdict.name == "healthy"
+    assert measure_quality(fitted(x, (2,)), x).verdict.name == "too coarse"
+    unique = measure_quality(fitted(x, (64, 256)), x)
     assert unique.verdict.name == "nearly unique" and "Only level 1 groups" in unique.verdict.text
     outliers = torch.cat(
         [torch.zeros(4000, 12), 100 * torch.randn(40, 12, generator=torch.Generator().manual_seed(0))]
     )
-    collapsed = fitted(outliers, (32, 2)).quality(outliers)
+    collapsed = measure_quality(fitted(outliers, (32, 2)), outliers)
     assert collapsed.verdict.name == "collapsed" and "Level 1 uses" in collapsed.verdict.text
 
 

@@ -8,6 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.quantizers.general_form import (
+    Stage,
+    codebook_stage,
+    pca_stage,
+    product_stage,
+    run_stages,
+    stages_of,
+    tied_stage,
+)
 from torchrec_sid import artifact
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.quantizers import (
@@ -17,16 +26,8 @@ from torchrec_sid.quantizers import (
     ResidualKMeansConfig,
     load_quantizer,
 )
-from torchrec_sid.quantizers.alphabet import RoundDigits, lloyd_max_scale
-from torchrec_sid.quantizers.dpca_fit import top_directions
-from torchrec_sid.quantizers.dpca_stages import (
-    Stage,
-    codebook_stage,
-    pca_stage,
-    product_stage,
-    run_stages,
-    tied_stage,
-)
+from torchrec_sid.quantizers.digits import RoundDigits
+from torchrec_sid.quantizers.dpca_fit import lloyd_max_scale, top_directions
 
 
 def clusters(rows: int, dim: int = 16, seed: int = 0, centres: int = 12) -> torch.Tensor:
@@ -102,7 +103,7 @@ def test_the_fast_encoder_is_the_definition(codebooks: tuple[int, ...]) -> None:
     config = DiscretePcaConfig(stages=((3, 3), (2, 5), (1, 9), (4, 3)), codebooks=codebooks)
     quantizer = fitted(clusters(700), config)
     x = clusters(300, seed=1)
-    out = run_stages(x, quantizer.mean, quantizer.stages())
+    out = run_stages(x, quantizer.mean, stages_of(quantizer))
     codes = quantizer.encode(x)
     torch.testing.assert_close(torch.cat(out.digits[len(codebooks) :], dim=1), quantizer.digits(codes))
     torch.testing.assert_close(out.reconstruction, quantizer.decode(codes), rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.impressions import sample_impressed
+from torchrec_sid.quantizers.sample import sample_impressed
 
 X = torch.eye(4)
 SEEN = torch.tensor([0, 1, 3, 12])

@@ -20,11 +20,10 @@ from torchrec_sid.quantizers import (
     RqVaeConfig,
     load_quantizer,
 )
-from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
-from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.autoencoder import rotation, straight_through
+from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig, start_bottleneck
 from torchrec_sid.quantizers.collectives import Collectives
-from torchrec_sid.quantizers.gradients import rotation, straight_through
-from torchrec_sid.quantizers.shuffle import ShuffledBatches, ShufflePosition
+from torchrec_sid.quantizers.gradient_fit import ShuffledBatches, ShufflePosition
 from torchrec_sid.quantizers.usage import count_codes, usage_of
 
 SMALL = RqVaeConfig(cardinalities=(16, 16), hidden=(24,), batch_size=64, epochs=4)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from torchrec_sid import artifact
 from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.quality import measure_quality
 from torchrec_sid.quantizers import (
     CategoryReport,
     CategorySource,
@@ -24,6 +25,7 @@ from torchrec_sid.quantizers import (
     VqFusionConfig,
     load_quantizer,
 )
+from torchrec_sid.quantizers.fusion.fusion_model import FusionModel
 from torchrec_sid.quantizers.fusion.heads import info_nce, source_errors
 from torchrec_sid.quantizers.fusion.source_rows import FusionData
 from torchrec_sid.quantizers.fusion.sources import FusionInputs, SourcePart
@@ -88,7 +90,7 @@ def test_categories_are_kept_and_reported_against_the_ceiling() -> None:
     assert kind.top1_ceiling >= kind.top1 - 0.02
     assert kind.kl < 0.3 * kind.entropy
     text = embedding(reports, "text")
-    decoded = fusion.decode(fusion.encode(held_out))
+    decoded = fusion.decode_sources(fusion.encode(held_out))
     by_hand = (held_out["text"] - decoded["text"]).square().sum()
     by_hand /= (held_out["text"] - held_out["text"].mean(0)).square().sum()
     assert text.fvu == pytest.approx(float(by_hand), rel=1e-3)
@@ -122,7 +124,7 @@ def test_any_quantizer_learns_inside(codebooks: Any, stages: Any) -> None:
         assert before == pytest.approx(expected, rel=0.1)
     codes = trained.encode(data)
     for depth in range(1, trained.spec.levels + 1):
-        assert trained.decode(codes[:, :depth])["text"].shape == (1500, 12)
+        assert trained.decode_sources(codes[:, :depth])["text"].shape == (1500, 12)
 
 
 def test_weights_shift_what_is_kept() -> None:
@@ -152,7 +154,7 @@ def test_an_item_without_a_source_gets_a_near_by_sid() -> None:
     blind = fitted(data)
     blind.inputs.imputation.zero_()
     assert agreement(fusion, "image") > agreement(blind, "image")
-    decoded = fusion.decode(fusion.encode({"text": held_out["text"]}))
+    decoded = fusion.decode_sources(fusion.encode({"text": held_out["text"]}))
     assert float((decoded["kind"].argmax(1) == held_out["kind"]).float().mean()) > 0.6
 
 
@@ -185,7 +187,9 @@ def test_training_with_hidden_sources_brings_their_latents_nearer() -> None:
         raw = next(iter(FusionData({"text": data["text"], "kind": data["kind"]}, fusion.sources)))
         whole = next(iter(FusionData(data, fusion.sources)))
         with torch.no_grad():
-            apart = fusion.latents(fusion.pack(raw)) - fusion.latents(fusion.pack(whole))
+            apart = fusion.model.latents(fusion.model.pack(raw)) - fusion.model.latents(
+                fusion.model.pack(whole)
+            )
         distance[rate] = float(apart.square().sum() / fusion.bottleneck.variance)
     assert distance[0.4] < 0.99 * distance[0.0]
 
@@ -249,7 +253,7 @@ def test_pairs_pull_co_engaged_items_together() -> None:
 
     def together(fusion: VqFusion) -> float:
         with torch.no_grad():
-            z = fusion.latents(fusion.pack(next(iter(FusionData(data, fusion.sources)))))
+            z = fusion.model.latents(next(iter(fusion.rows(data))))
         return float(torch.cosine_similarity(z[pairs[:, 0]], z[pairs[:, 1]]).mean())
 
     alone = fitted(data, config)
@@ -301,9 +305,9 @@ def test_the_same_seed_gives_the_same_bits_and_a_fit_continues(tmp_path: Path) -
     path = tmp_path / "fit.safetensors"
     options: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 3, "pairs": pairs}
     steps = 0
-    original = VqFusion.latents
+    original = FusionModel.latents
 
-    def interrupted(self: VqFusion, packed: torch.Tensor) -> torch.Tensor:
+    def interrupted(self: FusionModel, packed: torch.Tensor) -> torch.Tensor:
         nonlocal steps
         steps += 1
         if steps == 30:
@@ -311,7 +315,7 @@ def test_the_same_seed_gives_the_same_bits_and_a_fit_continues(tmp_path: Path) -
         return original(self, packed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VqFusion, "latents", interrupted)
+        patch.setattr(FusionModel, "latents", interrupted)
         with pytest.raises(InterruptedFitError):
             fitted(data, **options)
     assert path.is_file()
@@ -386,7 +390,7 @@ def test_round_trip_and_interrupted_save(tmp_path: Path, monkeypatch: pytest.Mon
 def test_quality_reads_all_sources_as_one_vector() -> None:
     data, held_out = items(800), items(300, seed=1)
     fusion = fitted(data)
-    report = fusion.quality(held_out)
+    report = measure_quality(fusion, held_out)
     assert report.cardinalities == (16, 16, 3, 3, 3, 3, 3)
     assert report.held_out == 300
     by_source = fusion.report(held_out)
@@ -460,13 +464,13 @@ def test_degenerate_data_is_defined() -> None:
     same = {"text": torch.full((50, 12), 3.0), "kind": torch.full((50,), 2)}
     fusion = fitted(same)
     assert len(fusion.encode(same).unique(dim=0)) == 1
-    decoded = fusion.decode(fusion.encode(same))
+    decoded = fusion.decode_sources(fusion.encode(same))
     torch.testing.assert_close(decoded["text"], same["text"])
     few = items(5)
     assert embedding(fitted(few).report(few), "text").fvu < 0.2
     constant = items(300)
     constant["image"][:, 2] = 5.0
-    decoded = fitted(constant).decode(fitted(constant).encode(constant))
+    decoded = fitted(constant).decode_sources(fitted(constant).encode(constant))
     assert float((decoded["image"][:, 2] - 5.0).abs().max()) < 100 * 0.3
 
 
@@ -516,3 +520,48 @@ def test_a_pass_that_fails_midway_leaves_the_quantizer_unfitted() -> None:
         fusion.fit({**data, "text": broken})
     with pytest.raises(SidError, match="not fitted"):
         fusion.save("unused")
+
+
+# ---- as a quantizer of vectors
+
+
+def test_it_encodes_and_decodes_rows_as_every_quantizer_does() -> None:
+    data = items(400)
+    present = {"image": torch.arange(400) % 4 > 0}
+    fusion = fitted(data, present=present)
+    rows = torch.cat(list(fusion.rows(FusionData(data, fusion.sources, present))))
+    assert rows.shape == (400, fusion.dim) and fusion.dim == 12 + 8 + 6 + 3
+    codes = fusion.encode(data, present=present)
+    assert torch.equal(fusion.encode(rows), codes)
+    assert torch.equal(fusion.encode(FusionData(data, fusion.sources, present)), codes)
+    decoded = fusion.decode(codes)
+    assert decoded.shape == rows.shape and bool((decoded[:, -3:] == 1).all())
+    # One by one they are the same values, in the units of each source.
+    single = fusion.decode_sources(codes)
+    torch.testing.assert_close(fusion.inputs.restore(0, decoded[:, :12]), single["text"])
+    torch.testing.assert_close(fusion.inputs.restore(2, decoded[:, 20:26]), single["kind"])
+    with pytest.raises(SidError, match="28 dimensions.*made for 29"):
+        fusion.encode(rows[:, 1:])
+    with pytest.raises(SidError, match="row 7 holds a NaN"):
+        fusion.encode(rows.index_fill(0, torch.tensor(7), torch.nan))
+
+
+def test_an_artefact_of_the_first_layout_opens_and_keeps_its_fingerprint(tmp_path: Path) -> None:
+    data = items(200)
+    fusion = fitted(data, dataclasses.replace(SMALL, epochs=0))
+    new = fusion.manifest()
+    assert new["dim"] == 29 and [name for name, _ in new["sources"]] == ["text", "image", "kind"]
+    # As df61d2b wrote it: the sources in the place of the dimension.
+    old = {"dim": new["sources"], "config": new["config"]}
+    path = tmp_path / "old.safetensors"
+    mark = artifact.save_artifact(
+        path, kind="vq_fusion", version=1, config=old, tensors=fusion.state_dict()
+    )
+    loaded = load_quantizer(path)
+    assert isinstance(loaded, VqFusion) and loaded.sources == fusion.sources
+    assert loaded.fingerprint == mark, "catalogs that it made recorded this one"
+    assert torch.equal(loaded.encode(data), fusion.encode(data))
+    assert loaded.save(tmp_path / "again.safetensors") == mark
+    assert (
+        fusion.save(tmp_path / "new.safetensors") == VqFusion.load(tmp_path / "new.safetensors").fingerprint
+    )

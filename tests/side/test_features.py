@@ -1,9 +1,24 @@
+from typing import NoReturn
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrec_sid import SidError, SidSpec
+from torchrec_sid.quantizers import (
+    CategorySource,
+    DiscretePca,
+    DiscretePcaConfig,
+    EmbeddingSource,
+    Quantizer,
+    ResidualKMeans,
+    ResidualKMeansConfig,
+    RqVae,
+    RqVaeConfig,
+    VqFusion,
+    VqFusionConfig,
+)
 from torchrec_sid.side import FrozenBasis, SideFeatures, SideFeaturesConfig, as_bytes
 from torchrec_sid.side.event_layout import event_columns
 
@@ -235,14 +250,25 @@ def test_basis_refuses_what_is_not_frozen_or_does_not_fit() -> None:
         FrozenBasis(spec, (torch.randn(1, 8), torch.randn(2, 8), torch.randn(1, 8), torch.randn(1, 8)))
 
 
-class _Additive(torch.nn.Module):
-    """The part of a quantizer that `from_quantizer` reads."""
+class _Additive(Quantizer):
+    """A quantizer of someone else's, which says nothing of its decoder."""
 
     def __init__(self, basis: FrozenBasis, bend: float = 0.0) -> None:
-        super().__init__()
-        self.basis, self.bend, self.spec = basis, bend, basis.spec
+        super().__init__(basis.dim, None)
+        self.basis, self.bend = basis, bend
+        self.fitted.fill_(True)
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    @property
+    def spec(self) -> SidSpec:
+        return self.basis.spec
+
+    def fit(self, data: object, *, progress: bool = False) -> NoReturn:
+        raise NotImplementedError
+
+    def _encode(self, x: torch.Tensor, beam: int) -> NoReturn:
+        raise NotImplementedError
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         x = self.basis.decode(codes)
         return x + self.bend * x.square()
 
@@ -264,15 +290,6 @@ def test_as_bytes_names_the_forms_it_takes() -> None:
 
 
 def test_basis_of_the_quantizers_of_this_package() -> None:
-    from torchrec_sid.quantizers import (
-        DiscretePca,
-        DiscretePcaConfig,
-        ResidualKMeans,
-        ResidualKMeansConfig,
-        RqVae,
-        RqVaeConfig,
-    )
-
     x = torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) * torch.linspace(2, 0.1, 16)
     dpca = DiscretePca(16, DiscretePcaConfig.trits(10))
     kmeans = ResidualKMeans(16, ResidualKMeansConfig((8, 8)))
@@ -282,8 +299,25 @@ def test_basis_of_the_quantizers_of_this_package() -> None:
         assert basis.layout.num_features == features
         codes = quantizer.encode(x)
         torch.testing.assert_close(basis.decode(codes), quantizer.decode(codes), rtol=1e-4, atol=1e-5)
-    # It starts as a linear map and has to be trained before its decoder bends.
-    vae = RqVae(16, RqVaeConfig(cardinalities=(8, 8), epochs=40, hidden=(12,)))
+    linear = RqVae(16, RqVaeConfig(cardinalities=(8, 8), epochs=1, hidden=()))
+    linear.fit(x)
+    codes = linear.encode(x)
+    decoded = FrozenBasis.from_quantizer(linear).decode(codes)
+    torch.testing.assert_close(decoded, linear.decode(codes), rtol=1e-4, atol=1e-5)
+
+
+def test_basis_of_a_latent_behind_networks() -> None:
+    x = torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) * torch.linspace(2, 0.1, 16)
+    vae = RqVae(16, RqVaeConfig(cardinalities=(8, 8), epochs=1, hidden=(12,), latent_dim=10))
     vae.fit(x)
-    with pytest.raises(SidError, match="not a sum over levels"):
-        FrozenBasis.from_quantizer(vae)
+    config = VqFusionConfig(codebooks=(8,), stages=((3, 3), (1, 5)), epochs=1, hidden=(12,))
+    fusion = VqFusion({"a": EmbeddingSource(16), "b": CategorySource(3)}, config)
+    content = {"a": x, "b": torch.arange(400) % 3}
+    fusion.fit(content)
+    for quantizer, codes in ((vae, vae.encode(x)), (fusion, fusion.encode(content))):
+        basis = FrozenBasis.from_quantizer(quantizer)
+        latents = quantizer.bottleneck.decode(codes).detach()
+        torch.testing.assert_close(basis.decode(codes), latents, rtol=1e-4, atol=1e-5)
+    assert [len(table) for table in basis.tables] == [8, 1, 1, 1, 1], "digits are directions"
+    with pytest.raises(SidError, match="not fitted"):
+        FrozenBasis.from_quantizer(VqFusion({"a": EmbeddingSource(16)}, config))

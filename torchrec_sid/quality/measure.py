@@ -13,7 +13,7 @@ from torchrec_sid.progress import track
 from torchrec_sid.quality.quality_report import LevelQuality, QualityReport, judge
 from torchrec_sid.quality.sharing import SharingMeter
 from torchrec_sid.quantizers.base import Quantizer
-from torchrec_sid.streams import EmbeddingStream, open_stream
+from torchrec_sid.streams import EmbeddingStream
 
 
 @torch.no_grad()
@@ -28,14 +28,14 @@ def measure_quality(
     progress: bool = False,
     **encode: Any,
 ) -> QualityReport:
-    """Diagnose a quantizer whose input and output are embeddings.
+    """Diagnose a quantizer; of one that fuses sources, all of them as one normalised vector.
 
     Args:
         quantizer: fitted.
-        held_out: embeddings that were not in the fit: whatever ``open_stream`` takes. Errors are measured
+        held_out: items that were not in the fit: whatever ``quantizer.rows`` takes. Errors are measured
             on them.
-        items: embeddings of all items that the catalog will hold; usage, prefixes and collisions are
-            measured on them, or on ``held_out`` where they are not given.
+        items: all items that the catalog will hold; usage, prefixes and collisions are measured on them,
+            or on ``held_out`` where they are not given.
         labels: by name ``[N]`` integers, one per row of ``items``, e.g. a category; for the purity of
             prefixes.
         depths: prefix lengths of the sharing curve; all of them up to 8 levels.
@@ -47,8 +47,8 @@ def measure_quality(
         SidError: not fitted, a bad stream, or labels of another length.
     """
     quantizer.require_fitted()
-    errors = open_stream(held_out, name="held_out")
-    sharing = open_stream(items, name="items") if items is not None else errors
+    errors = quantizer.rows(held_out, name="held_out")
+    sharing = quantizer.rows(items, name="items") if items is not None else errors
     meter = SharingMeter(
         quantizer.spec, sharing.dim, depths=depths, labels=tuple(labels or {}), max_groups=max_groups
     )

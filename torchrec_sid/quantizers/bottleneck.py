@@ -10,21 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.alphabet import RoundDigits
-from torchrec_sid.quantizers.beam import beam_search
+from torchrec_sid.quantizers.base import AdditiveDecoder, walk_levels
 from torchrec_sid.quantizers.collectives import Collectives
-from torchrec_sid.quantizers.dpca_encode import code_tables, encode_digits
+from torchrec_sid.quantizers.digits import RoundDigits, code_tables, encode_digits
+from torchrec_sid.quantizers.dpca import DiscretePca, DiscretePcaConfig
 from torchrec_sid.quantizers.dpca_fit import DigitMoments, best_decoder
-from torchrec_sid.quantizers.kmeans import assign, sum_by_code
+from torchrec_sid.quantizers.kmeans import assign, cluster_sums, sum_by_code
+from torchrec_sid.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from torchrec_sid.quantizers.usage import count_codes, usage_of
 from torchrec_sid.seeding import derived_generator
 
 _TINY = 1e-30
+_MEASURED_ROWS = 8192
+_LEAST_GAIN = 1e-3  # of the variance; a level below it is not judged
 
 
 @dataclass(frozen=True)
@@ -200,20 +205,17 @@ class Bottleneck(nn.Module):
     @torch.no_grad()
     def encode(self, z: Tensor, *, beam: int = 1) -> Tensor:
         """Latents ``[N, d]`` -> codes ``[N, L]`` int64."""
-        residual = z - self.center
+        centred = z - self.center
         levels = range(len(self.sizes))
+        books, used = [self.codebook(i) for i in levels], [self.used(i) for i in levels]
         if beam > 1:
-            tables = (*(self.codebook(i) for i in levels), *code_tables(self.basis, self.alphabets))
-            used = [self.used(i) for i in levels]
             used += [torch.ones(a, dtype=torch.bool, device=z.device) for a in self.alphabets]
-            return beam_search(residual, tables, used, beam)
-        columns = []
-        for level in levels:
-            chosen = assign(residual, self.codebook(level), self.used(level)).codes
-            residual = residual - self.codebook(level)[chosen]
-            columns.append(chosen[:, None])
+            return walk_levels(centred, (*books, *code_tables(self.basis, self.alphabets)), used, beam)
+        columns = [walk_levels(centred, books, used)] if books else []
         if self.alphabets:
-            digits = encode_digits(residual, self.basis, self.digit_stages).digits
+            for level in levels:
+                centred = centred - books[level][columns[0][:, level]]
+            digits = encode_digits(centred, self.basis, self.digit_stages).digits
             halves = torch.tensor([a // 2 for a in self.alphabets], device=z.device)
             columns.append(digits.to(torch.int64) + halves)
         return torch.cat(columns, dim=1)
@@ -227,6 +229,12 @@ class Bottleneck(nn.Module):
             digits = codes[:, len(self.sizes) + column] - self.alphabets[column] // 2
             z_hat += digits[:, None] * rows
         return z_hat
+
+    def additive_decoder(self) -> AdditiveDecoder:
+        """:meth:`decode` as a sum over levels; digits as one direction each."""
+        books = [self.codebook(level) for level in range(len(self.sizes))]
+        tables = (*books, *(row[None] for row in self.basis))
+        return AdditiveDecoder(self.center.detach().cpu(), tuple(t.detach().cpu() for t in tables))
 
     @torch.no_grad()
     def follow(self, z: Tensor, output: BottleneckOutput, ranks: Collectives, seed: int) -> int:
@@ -326,3 +334,83 @@ class Bottleneck(nn.Module):
 
 def _encoder(rows: Tensor) -> Tensor:
     return rows / rows.square().sum(1, keepdim=True).clamp(min=_TINY)
+
+
+@torch.no_grad()
+def start_bottleneck(bottleneck: Bottleneck, z: Tensor, *, rows_per_step: int, seed: int) -> None:
+    """Residual k-means and closed-form digits on latents, as the state of a bottleneck.
+
+    Args:
+        bottleneck: overwritten.
+        z: ``[S, d]`` latents of a sample of the items; a few hundred per code are plenty.
+        rows_per_step: rows of a training step over all ranks, the unit of the moving averages.
+        seed: of k-means.
+    """
+    first, basis = _closed_form(bottleneck, z, seed)
+    step = rows_per_step / len(z)
+    bottleneck.center.copy_(z.mean(0) if first is None else first.mean)
+    residual = z - bottleneck.center
+    bottleneck.variance.copy_(residual.square().sum(1).mean())
+    chosen = None if first is None else first.encode(z)
+    for level, size in enumerate(bottleneck.sizes):
+        assert chosen is not None
+        codes = chosen[:, level]
+        sums = cluster_sums(residual, codes, size)
+        bottleneck.get_buffer(f"count_{level}").copy_(sums.count * step)
+        bottleneck.get_buffer(f"total_{level}").copy_(sums.total * step)
+        bottleneck.prior[level] = sums.prior_count() * step
+        bottleneck.codebook(level).copy_(sums.centroids(1.0))
+        words = bottleneck.codebook(level)[codes]
+        bottleneck.word_scale[level] = words.square().mean(0).sqrt()
+        residual = residual - words
+    bottleneck.basis.copy_(basis)
+    if bottleneck.digit_stages:
+        _start_moments(bottleneck, residual)
+    bottleneck.start_perplexity.copy_(_perplexity_that_counts(bottleneck, z[:_MEASURED_ROWS]))
+
+
+def _closed_form(bottleneck: Bottleneck, z: Tensor, seed: int) -> tuple[ResidualKMeans | None, Tensor]:
+    if bottleneck.digit_stages:
+        config = DiscretePcaConfig(
+            stages=bottleneck.digit_stages, codebooks=bottleneck.sizes, sample_rows=len(z), seed=seed
+        )
+        digits = DiscretePca(bottleneck.dim, config, device=z.device)
+        digits.fit(z)
+        return digits.first, digits.basis
+    kmeans = ResidualKMeans(
+        bottleneck.dim,
+        ResidualKMeansConfig(cardinalities=bottleneck.sizes, seed=seed, buffer_rows=len(z)),
+        device=z.device,
+    )
+    kmeans.fit(z)
+    return kmeans, bottleneck.basis
+
+
+def _perplexity_that_counts(bottleneck: Bottleneck, z: Tensor) -> Tensor:
+    """Perplexity per level, ``[L]``; 1 for a level that explains nothing, whose usage says nothing."""
+    codes = bottleneck.encode(z)
+    perplexity = usage_of(count_codes(codes, bottleneck.cardinalities)).perplexity
+    left = [float((z - bottleneck.center).square().sum())]
+    for depth in range(1, codes.shape[1] + 1):
+        left.append(float((z - bottleneck.decode(codes[:, :depth])).square().sum()))
+    gains = [before - after for before, after in pairwise(left)]
+    return torch.tensor(
+        [p if g > _LEAST_GAIN * left[0] else 1.0 for p, g in zip(perplexity, gains, strict=True)]
+    )
+
+
+def _start_moments(bottleneck: Bottleneck, residual: Tensor) -> None:
+    """The moments of the digits that the start gives, so that the first updates do not forget it."""
+    for part, rows, q in _stages(bottleneck, residual):
+        bottleneck.cross[part] = (q.T @ residual).double() / len(residual)
+        bottleneck.square[part, part] = (q.T @ q).double() / len(residual)
+        residual = residual - q @ rows
+
+
+def _stages(bottleneck: Bottleneck, residual: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    digits = encode_digits(residual, bottleneck.basis, bottleneck.digit_stages).digits
+    start = 0
+    for width, _ in bottleneck.digit_stages:
+        part = slice(start, start + width)
+        yield part, bottleneck.basis[part], digits[:, part]
+        start += width

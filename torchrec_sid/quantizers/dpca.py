@@ -12,10 +12,8 @@ from torch.nn import functional as F
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
-from torchrec_sid.quantizers.alphabet import RoundDigits
-from torchrec_sid.quantizers.base import FitReport, Quantizer
-from torchrec_sid.quantizers.beam import beam_search
-from torchrec_sid.quantizers.dpca_encode import code_tables, encode_digits, gram_similarity
+from torchrec_sid.quantizers.base import FitReport, Quantizer, register_quantizer, walk_levels
+from torchrec_sid.quantizers.digits import RoundDigits, code_tables, encode_digits, gram_similarity
 from torchrec_sid.quantizers.dpca_fit import (
     ResidualSource,
     SampledResiduals,
@@ -23,11 +21,10 @@ from torchrec_sid.quantizers.dpca_fit import (
     fit_stage,
     residual_covariance,
 )
-from torchrec_sid.quantizers.dpca_stages import Stage, codebook_stage, tied_stage
 from torchrec_sid.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from torchrec_sid.quantizers.sample import stream_moments
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.streams import EmbeddingData, EmbeddingStream, open_stream
+from torchrec_sid.streams import EmbeddingData, EmbeddingStream
 
 
 @dataclass(frozen=True)
@@ -91,11 +88,13 @@ class _Levels(NamedTuple):
     errors: Tensor  # [n, L] float32, squared norm of the residual after each level
 
 
+@register_quantizer
 class DiscretePca(Quantizer):
     """Residual digits on principal directions: ``x_hat = mean + digits @ basis``.
 
-    The tied form of :mod:`torchrec_sid.quantizers.dpca_stages`: no sample's error grows from a level to
-    the next, and any prefix of the digits decodes. A decoder of C digits is ``C d`` floats. Directions
+    Per stage, ``q = round(diag(1/s) V^T r)`` and ``r <- r - V diag(s) q`` with orthonormal directions V and
+    scales s: no sample's error grows from a level to the next, and any prefix of the digits decodes. A
+    decoder of C digits is ``C d`` floats. Directions
     repeat, so that equal digits are no measure of similarity: use :meth:`similarity`.
 
     Args:
@@ -132,7 +131,7 @@ class DiscretePca(Quantizer):
         device: torch.device | str | None = None,
     ) -> None:
         config = DiscretePcaConfig() if config is None else config
-        super().__init__(dim, config)
+        super().__init__(dim, config, device=device)
         if max(m for m, _ in config.stages) > dim:
             raise SidError(
                 "DiscretePcaConfig.stages",
@@ -164,14 +163,6 @@ class DiscretePca(Quantizer):
         digits = code_tables(self.basis, self.alphabets)
         return (*(codebook for codebook, _ in self._codebooks()), *digits)
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The fitted stages in the general form, for :func:`~.dpca_stages.run_stages`."""
-        stages = [codebook_stage(codebook, used) for codebook, used in self._codebooks()]
-        for rows, (_, alphabet) in zip(self._stage_rows(), self.config.stages, strict=True):
-            scales = rows.norm(dim=1)
-            stages.append(tied_stage(rows / scales.clamp(min=_TINY)[:, None], scales, alphabet))
-        return tuple(stages)
-
     def fit(self, data: EmbeddingData | EmbeddingStream, *, progress: bool = False) -> FitReport:
         """Fit in closed form; the same data and seed give the same digits.
 
@@ -184,8 +175,7 @@ class DiscretePca(Quantizer):
                 dimension than ``dim``.
         """
         began = time.perf_counter()
-        stream = open_stream(data)
-        self._check_dim(stream.dim, stream.name)
+        stream = self.rows(data)
         config = self.config
         device = self.mean.device
         kept = 65_536 if config.sample_rows is None else config.sample_rows
@@ -210,43 +200,19 @@ class DiscretePca(Quantizer):
         fvu = self._measure(stream, float(moments.covariance.trace()) * moments.rows)
         return FitReport(moments.rows, time.perf_counter() - began, fvu)
 
-    @torch.no_grad()
-    def encode(self, x: Any, *, beam: int = 1) -> Tensor:
-        """Embeddings (anything :meth:`fit` takes; a tensor may be empty) -> codes ``[N, L]`` int64.
+    def _encode(self, x: Tensor, beam: int) -> Tensor:
+        if beam == 1:
+            return self._greedy_levels(x).codes
+        tables = self.code_tables()
+        used = [mask for _, mask in self._codebooks()]
+        used += [t.new_ones(len(t), dtype=torch.bool) for t in tables[len(used) :]]
+        return walk_levels(x - self.mean, tables, used, beam)
 
-        Args:
-            x: embeddings, read in batches.
-            beam: hypotheses kept per level. 1 is greedy: every prefix is the best of its length. More
-                lower the error of the full code by some percent, at several times the cost.
-
-        Raises:
-            SidError: not fitted, another dimension than ``dim``, a NaN or an infinity, a beam below 1.
-        """
-        self.require_fitted()
-        if beam < 1:
-            raise SidError("DiscretePca.encode", f"beam {beam}", "Choose 1 or more.")
-        device = self.mean.device
-        if isinstance(x, Tensor) and x.dim() == 2 and len(x) == 0:
-            self._check_dim(x.shape[1], "embeddings")
-            return torch.empty(0, self.spec.levels, dtype=torch.int64, device=device)
-        stream = open_stream(x)
-        self._check_dim(stream.dim, stream.name)
-        batches = (batch.to(device) for batch in stream)
-        if beam > 1:
-            return torch.cat([self._beam_batch(batch, beam) for batch in batches])
-        return torch.cat([self._encode_batch(batch).codes for batch in batches])
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes ``[N, l]``, any prefix ``1 <= l <= L`` -> embeddings ``[N, d]`` float32.
-
-        Raises:
-            SidError: not fitted, no or too many levels, a code outside its alphabet.
-        """
-        self.require_fitted()
-        digits = self.digits(codes)
-        skip = len(self.config.codebooks)
-        base = self.mean if self.first is None else self.first.decode(codes[:, :skip])
+    def _decode(self, codes: Tensor) -> Tensor:
+        digits = self._digits(codes)
+        base = (
+            self.mean if self.first is None else self.first.decode(codes[:, : len(self.config.codebooks)])
+        )
         return base + digits @ self.basis[: digits.shape[1]]
 
     def digits(self, codes: Tensor) -> Tensor:
@@ -255,12 +221,11 @@ class DiscretePca(Quantizer):
         Raises:
             SidError: no or too many levels, a code outside its alphabet.
         """
-        depth = codes.shape[1] if codes.dim() == 2 else 0
-        if not 1 <= depth <= self.spec.levels:
-            raise SidError("codes", f"shape {tuple(codes.shape)}", f"Pass 1 to {self.spec.levels} levels.")
-        self.spec.truncated(depth).validate(codes)
+        return self._digits(self._checked(codes))
+
+    def _digits(self, codes: Tensor) -> Tensor:
         skip = len(self.config.codebooks)
-        halves = [a // 2 for a in self.alphabets[: max(depth - skip, 0)]]
+        halves = [a // 2 for a in self.alphabets[: max(codes.shape[1] - skip, 0)]]
         return (codes[:, skip:] - torch.tensor(halves, device=codes.device)).to(self.basis.dtype)
 
     @torch.no_grad()
@@ -268,7 +233,7 @@ class DiscretePca(Quantizer):
         """Exact similarity of decoded items around the mean: codes ``[N, l]``, ``[M, l]`` -> ``[N, M]``.
 
         Codes of digits alone never leave digit space, see
-        :func:`~torchrec_sid.quantizers.dpca_encode.gram_similarity`.
+        :func:`~torchrec_sid.quantizers.digits.gram_similarity`.
         """
         self.require_fitted()
         if self.first is None:
@@ -278,12 +243,6 @@ class DiscretePca(Quantizer):
         if cosine:
             left, right = F.normalize(left, eps=_TINY), F.normalize(right, eps=_TINY)
         return left @ right.T
-
-    def _check_dim(self, dim: int, name: str) -> None:
-        if dim != self.dim:
-            raise SidError(
-                name, f"embeddings of {dim} dimensions", f"This quantizer was made for {self.dim}."
-            )
 
     def _stage_rows(self) -> tuple[Tensor, ...]:
         """Views into :attr:`basis`, one per stage."""
@@ -303,7 +262,7 @@ class DiscretePca(Quantizer):
             return batch - self.mean
         return batch - self.first.decode(self.first.encode(batch))
 
-    def _encode_batch(self, x: Tensor) -> _Levels:
+    def _greedy_levels(self, x: Tensor) -> _Levels:
         codes, errors = [], []
         base = self.mean
         if self.first is not None:
@@ -317,15 +276,9 @@ class DiscretePca(Quantizer):
         codes.append(levels.digits.to(torch.int64) + halves)
         return _Levels(torch.cat(codes, dim=1), torch.cat([*errors, levels.errors], dim=1))
 
-    def _beam_batch(self, x: Tensor, beam: int) -> Tensor:
-        tables = self.code_tables()
-        used = [mask for _, mask in self._codebooks()]
-        used += [t.new_ones(len(t), dtype=torch.bool) for t in tables[len(used) :]]
-        return beam_search(x - self.mean, tables, used, beam)
-
     def _measure(self, stream: EmbeddingStream, total: float) -> tuple[float, ...]:
         """Fraction of the variance unexplained after each level, over the whole stream."""
         error = torch.zeros(self.spec.levels, dtype=torch.float64, device=self.mean.device)
         for batch in stream:
-            error += self._encode_batch(batch.to(self.mean.device)).errors.sum(0, dtype=torch.float64)
+            error += self._greedy_levels(batch.to(self.mean.device)).errors.sum(0, dtype=torch.float64)
         return tuple((error / total).tolist()) if total > 0 else (0.0,) * self.spec.levels

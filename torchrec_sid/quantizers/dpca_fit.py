@@ -19,8 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchrec_sid.quantizers.alphabet import RoundDigits, lloyd_max_scale
-from torchrec_sid.quantizers.dpca_stages import tied_stage
+from torchrec_sid.quantizers.digits import RoundDigits
 from torchrec_sid.streams import EmbeddingStream
 
 _DENSE_EIGEN_DIM = 512
@@ -37,8 +36,9 @@ class TiedStage(NamedTuple):
 
     def digits(self, residual: Tensor) -> Tensor:
         """q, ``[N, m]``."""
-        stage = tied_stage(self.directions, self.scales, self.alphabet)
-        return stage.quantize(residual @ stage.encoder.T)
+        tiny = torch.finfo(self.scales.dtype).tiny
+        inverse = torch.where(self.scales > 0, 1 / self.scales.clamp(min=tiny), 0.0)
+        return RoundDigits(self.alphabet)(residual @ (self.directions * inverse[:, None]).T)
 
     def subtract(self, residual: Tensor) -> Tensor:
         """The next residual, ``[N, d]``."""
@@ -242,3 +242,63 @@ def _moments(source: ResidualSource, stage: TiedStage) -> DigitMoments:
         square += (q.T @ q).double()
         rows += len(residual)
     return DigitMoments(cross / rows, square / rows)
+
+
+class Scale(NamedTuple):
+    """What :func:`lloyd_max_scale` finds."""
+
+    scale: float
+    """s, the step between digits; 0 where the coordinate is constantly 0."""
+    error: float
+    """E[(t - s q)^2] over E[t^2]; 0 where E[t^2] is 0."""
+
+
+def lloyd_max_scale(t: Tensor, alphabet: int = 3) -> Scale:
+    """The step s that minimises ``E[(t - s q)^2]`` for uniform odd levels ``q = round(t / s)``.
+
+    For trits the optimum is found exactly: the coordinates that become non-zero are the i largest in
+    magnitude for some i, their best s is their mean magnitude, and the error falls by
+    ``(sum of them)^2 / i``; the best of all i satisfies Lloyd-Max's fixed point
+    ``s = E[|t| : |t| > s / 2]`` (a Gaussian gives 1.224 sigma). Longer alphabets iterate the fixed point
+    ``s = E[t q] / E[q^2]`` from several starts and keep the best.
+
+    Args:
+        t: ``[N]`` float, coordinates with mean about 0.
+        alphabet: odd number of levels.
+    """
+    magnitude = t.detach().abs().double()
+    energy = float(magnitude.square().mean())
+    if energy == 0.0:
+        return Scale(0.0, 0.0)
+    if alphabet == 3:
+        total = magnitude.sort(descending=True).values.cumsum(0)
+        count = torch.arange(1, len(total) + 1, dtype=total.dtype, device=total.device)
+        gain = total.square() / count
+        best = int(gain.argmax())
+        return Scale(float(total[best] / count[best]), 1.0 - float(gain[best]) / len(t) / energy)
+    half = RoundDigits(alphabet).half
+    candidates = [_fixed_point(magnitude, start, half) for start in _starts(magnitude, half)]
+    scale, error = min(candidates, key=lambda pair: pair[1])
+    return Scale(scale, error / energy)
+
+
+def _starts(magnitude: Tensor, half: int) -> list[float]:
+    """Steps that put the outermost level between 1.2 sigma and the largest coordinate."""
+    sigma = float(magnitude.square().mean().sqrt())
+    largest = float(magnitude.max())
+    reach = [1.2 * sigma, 1.8 * sigma, 2.4 * sigma, 3.2 * sigma, largest]
+    return sorted({min(r, largest) / half for r in reach})
+
+
+def _fixed_point(magnitude: Tensor, scale: float, half: int, iterations: int = 30) -> tuple[float, float]:
+    for _ in range(iterations):
+        q = (magnitude / scale).round().clamp(max=half)
+        weight = float(q.square().sum())
+        if weight == 0.0:
+            break
+        new = float((magnitude * q).sum()) / weight
+        if abs(new - scale) <= 1e-7 * scale:
+            break
+        scale = new
+    q = (magnitude / scale).round().clamp(max=half)
+    return scale, float((magnitude - scale * q).square().mean())

@@ -5,22 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
-from torchrec_sid.quantizers.base import FitReport, Quantizer
-from torchrec_sid.quantizers.beam import beam_search
+from torchrec_sid.quantizers.base import FitReport, Quantizer, register_quantizer, walk_levels
 from torchrec_sid.quantizers.kmeans import ClusterSums, assign, cluster_sums, fit_centroids
 from torchrec_sid.quantizers.sample import RowSample
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.streams import EmbeddingStream, open_stream
+from torchrec_sid.streams import EmbeddingStream
 
 _CHUNK = 4096
 
@@ -64,6 +61,7 @@ class ResidualKMeansConfig:
                 )
 
 
+@register_quantizer
 class ResidualKMeans(Quantizer):
     """Greedy residual k-means (RQ-KMeans): ``x_hat = mean + sum_l codebook_l[c_l]``.
 
@@ -102,8 +100,7 @@ class ResidualKMeans(Quantizer):
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(dim, config or ResidualKMeansConfig())
-        self.register_buffer("fitted", torch.tensor(False, device=device))
+        super().__init__(dim, config or ResidualKMeansConfig(), device=device)
         self.register_buffer("mean", torch.zeros(dim, device=device))
         for level, k in enumerate(self.config.cardinalities):
             self.register_buffer(f"codebook_{level}", torch.zeros(k, dim, device=device))
@@ -135,8 +132,7 @@ class ResidualKMeans(Quantizer):
             SidError: no rows, another dimension, a NaN or an infinity.
         """
         start = time.perf_counter()
-        stream = open_stream(data)
-        self._check_dim(stream)
+        stream = self.rows(data)
         generator = derived_generator(self.config.seed, "residual_kmeans.centroids")
         buffer = _read_buffer(stream, self.config.buffer_rows, self.config.seed)
         self.mean.copy_(buffer.mean)
@@ -189,63 +185,15 @@ class ResidualKMeans(Quantizer):
     def _nearest(self, residual: Tensor, level: int) -> Tensor:
         return assign(residual, self.codebook(level), self.counts(level) > 0).codes
 
-    @torch.no_grad()
-    def encode(self, x: Any, *, beam: int = 1) -> Tensor:
-        """Embeddings ``[N, d]`` float -> codes ``[N, L]`` int64 on the quantizer's device.
-
-        Args:
-            x: anything :func:`~torchrec_sid.streams.open_stream` takes; read in batches.
-            beam: hypotheses kept per level. 1 is greedy; 5 to 16 lower the error by some percent at
-                several times the cost and seldom change level 1.
-
-        Raises:
-            SidError: not fitted, another dimension, a NaN or an infinity, or a beam below 1.
-        """
-        self.require_fitted()
-        if beam < 1:
-            raise SidError("ResidualKMeans.encode", f"beam {beam}", "Choose 1 or more.")
-        device = self.mean.device
-        if isinstance(x, (Tensor, np.ndarray)) and tuple(x.shape) == (0, self.dim):
-            return torch.zeros(0, self.spec.levels, dtype=torch.int64, device=device)
-        stream = open_stream(x)
-        self._check_dim(stream)
-        encode = self._encode_greedily if beam == 1 else partial(self._encode_by_beam, beam=beam)
-        # A chunk stays within the cache through all of its levels.
-        return torch.cat([encode(part.to(device) - self.mean) for b in stream for part in b.split(_CHUNK)])
-
-    def _encode_greedily(self, residual: Tensor) -> Tensor:
-        columns = [self._nearest(residual, 0)]
-        for level in range(1, self.spec.levels):
-            residual -= self.codebook(level - 1)[columns[-1]]
-            columns.append(self._nearest(residual, level))
-        return torch.stack(columns, dim=1)
-
-    def _encode_by_beam(self, centred: Tensor, beam: int) -> Tensor:
+    def _encode(self, x: Tensor, beam: int) -> Tensor:
         levels = range(self.spec.levels)
-        books = [self.codebook(level) for level in levels]
-        return beam_search(centred, books, [self.counts(level) > 0 for level in levels], beam)
+        books, used = [self.codebook(i) for i in levels], [self.counts(i) > 0 for i in levels]
+        # A chunk stays within the cache through all of its levels.
+        return torch.cat([walk_levels(part - self.mean, books, used, beam) for part in x.split(_CHUNK)])
 
-    def _check_dim(self, stream: EmbeddingStream) -> None:
-        if stream.dim != self.dim:
-            raise SidError(stream.name, f"dimension {stream.dim}", f"This quantizer takes {self.dim}.")
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes ``[N, l]``, any prefix ``1 <= l <= L`` -> embeddings ``[N, d]`` float32.
-
-        Raises:
-            SidError: not fitted, no such prefix, or codes outside the alphabet.
-        """
-        self.require_fitted()
-        depth = codes.shape[1] if codes.dim() == 2 else 0
-        if not 1 <= depth <= self.spec.levels:
-            raise SidError(
-                "codes", f"shape {tuple(codes.shape)}", f"Pass [N, l] with l from 1 to {self.spec.levels}."
-            )
-        self.spec.truncated(depth).validate(codes)
-        codes = codes.to(self.mean.device)
+    def _decode(self, codes: Tensor) -> Tensor:
         out = self.mean.expand(len(codes), -1).clone()
-        for level in range(depth):
+        for level in range(codes.shape[1]):
             out += self.codebook(level)[codes[:, level]]
         return out
 

@@ -14,13 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.base import FitReport, Quantized, Quantizer
-from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
-from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.autoencoder import GradientName, LinearPlusMlp, pass_gradient
+from torchrec_sid.quantizers.base import (
+    AdditiveDecoder,
+    FitReport,
+    Quantized,
+    Quantizer,
+    register_quantizer,
+)
+from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig, start_bottleneck
 from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.dpca_fit import top_directions
 from torchrec_sid.quantizers.gradient_fit import (
     FitOptions,
+    Rows,
     Step,
     Trainee,
     TrainingConfig,
@@ -28,13 +35,10 @@ from torchrec_sid.quantizers.gradient_fit import (
     train,
     trainable,
 )
-from torchrec_sid.quantizers.gradients import GradientName, pass_gradient
-from torchrec_sid.quantizers.networks import LinearPlusMlp
 from torchrec_sid.quantizers.sample import StreamMoments, stream_moments
-from torchrec_sid.quantizers.shuffle import Rows
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.streams import EmbeddingData, EmbeddingStream, open_stream
+from torchrec_sid.streams import EmbeddingData, EmbeddingStream
 
 _WIDEST_LATENT = 512
 _MEASURED_ROWS = 4096
@@ -80,6 +84,7 @@ class RqVaeConfig(BottleneckConfig, TrainingConfig):
         return cls(**(shape | changes))
 
 
+@register_quantizer
 class RqVae(Quantizer):
     """Residual vector quantization of a learned latent (van den Oord 2017; Lee 2022, arXiv 2203.01941).
 
@@ -107,6 +112,7 @@ class RqVae(Quantizer):
 
     kind: ClassVar[str] = "rq_vae"
     config_type: ClassVar[type[Any]] = RqVaeConfig
+    trains: ClassVar[bool] = True
     config: RqVaeConfig
 
     mean: Tensor
@@ -118,8 +124,7 @@ class RqVae(Quantizer):
         self, dim: int, config: RqVaeConfig | None = None, *, device: torch.device | str | None = None
     ) -> None:
         config = RqVaeConfig() if config is None else config
-        super().__init__(dim, config)
-        self.register_buffer("fitted", torch.tensor(False, device=device))
+        super().__init__(dim, config, device=device)
         self.register_buffer("mean", torch.zeros(dim, device=device))
         self.register_buffer("scale", torch.ones((), device=device))
         latent = min(dim, _WIDEST_LATENT) if config.latent_dim is None else config.latent_dim
@@ -174,8 +179,7 @@ class RqVae(Quantizer):
         """
         began = time.perf_counter()
         ranks, options = Collectives(group), FitOptions(progress, checkpoint, checkpoint_every)
-        stream = open_stream(data)
-        self._check_dim(stream.dim, stream.name)
+        stream = self.rows(data)
 
         def own_rows() -> Iterator[Rows]:
             return ranks.own_rows((batch,) for batch in stream)
@@ -229,7 +233,7 @@ class RqVae(Quantizer):
             decoder=trainable([self.decoder]),
             step=lambda batch, _: self._step(batch),
             measure=lambda: self._sample_error(sample),
-            manifest={"kind": self.kind, **self._manifest()},
+            manifest={"kind": self.kind, **self.manifest()},
         )
 
     def _step(self, batch: Rows) -> Step:
@@ -257,47 +261,16 @@ class RqVae(Quantizer):
         left = x - self._decode_latent(self.bottleneck.decode(self.bottleneck.encode(z)))
         return float(left.square().sum(dtype=torch.float64))
 
-    @torch.no_grad()
-    def encode(self, x: Any, *, beam: int = 1) -> Tensor:
-        """Embeddings (anything :meth:`fit` takes; a tensor may be empty) -> codes ``[N, L]`` int64.
+    def _encode(self, x: Tensor, beam: int) -> Tensor:
+        return self.bottleneck.encode(self.encoder(self._normalise(x)), beam=beam)
 
-        Args:
-            x: embeddings, read in batches.
-            beam: hypotheses kept per level; 1 is greedy, as in training.
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self._decode_latent(self.bottleneck.decode(codes))
 
-        Raises:
-            SidError: not fitted, another dimension than ``dim``, a NaN or an infinity, a beam below 1.
-        """
+    def additive_decoder(self) -> AdditiveDecoder:
+        """As for every quantizer where the decoder is linear; else that of the latent."""
         self.require_fitted()
-        if beam < 1:
-            raise SidError("RqVae.encode", f"beam {beam}", "Choose 1 or more.")
-        device = self.mean.device
-        if isinstance(x, Tensor) and tuple(x.shape) == (0, self.dim):
-            return torch.empty(0, self.spec.levels, dtype=torch.int64, device=device)
-        stream = open_stream(x)
-        self._check_dim(stream.dim, stream.name)
-        latents = (self.encoder(self._normalise(batch.to(device))) for batch in stream)
-        return torch.cat([self.bottleneck.encode(z, beam=beam) for z in latents])
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes ``[N, l]``, any prefix ``1 <= l <= L`` -> embeddings ``[N, d]`` float32.
-
-        Raises:
-            SidError: not fitted, no or too many levels, a code outside its alphabet.
-        """
-        self.require_fitted()
-        depth = codes.shape[1] if codes.dim() == 2 else 0
-        if not 1 <= depth <= self.spec.levels:
-            raise SidError("codes", f"shape {tuple(codes.shape)}", f"Pass 1 to {self.spec.levels} levels.")
-        self.spec.truncated(depth).validate(codes)
-        return self._decode_latent(self.bottleneck.decode(codes.to(self.mean.device)))
-
-    def _check_dim(self, dim: int, name: str) -> None:
-        if dim != self.dim:
-            raise SidError(
-                name, f"embeddings of {dim} dimensions", f"This quantizer was made for {self.dim}."
-            )
+        return self.bottleneck.additive_decoder() if self.config.hidden else super().additive_decoder()
 
     @torch.no_grad()
     def _measure_levels(self, own: EmbeddingStream, ranks: Collectives, total: float) -> tuple[float, ...]:

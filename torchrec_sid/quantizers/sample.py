@@ -1,4 +1,4 @@
-"""Exact moments and a bounded, reproducible sample of a stream, in one pass."""
+"""Samples of the items: exact moments with a uniform sample in one pass, or rows where the traffic is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchrec_sid.errors import SidError
 from torchrec_sid.seeding import derived_generator
-from torchrec_sid.streams import EmbeddingStream
+from torchrec_sid.streams import EmbeddingStream, check_batch
 
 
 class StreamMoments(NamedTuple):
@@ -90,3 +91,67 @@ def stream_moments(
     offset = total / rows
     covariance = products / rows - torch.outer(offset, offset)
     return StreamMoments(rows, shift.double() + offset, covariance, sample.take())
+
+
+def impressed_rows(
+    impressions: Tensor, *, rows: int = 131_072, power: float = 1.0, seed: int = 0
+) -> Tensor:
+    """Row numbers ``[rows]`` int64 for a fit, drawn with replacement as ``impressions ** power``.
+
+    SIDs learned on impressed items ("Better Generalization with Semantic IDs", arXiv 2306.08121) spend
+    their codes where the traffic is: items seen often get prefixes of their own, rare ones share. Items
+    never impressed are not drawn; encode them afterwards like new items.
+
+    Args:
+        impressions: ``[N]`` counts or weights of the training period, not negative, not all zero.
+        rows: how many to draw.
+        power: 1 follows the traffic, 0 treats every impressed item alike.
+        seed: of the draw.
+
+    Raises:
+        SidError: weights that are negative, not finite or all zero, or no rows.
+    """
+    weights = impressions.detach().double()
+    seen = weights > 0
+    chances = torch.where(seen, weights**power, 0.0)
+    whole = bool(torch.isfinite(weights).all()) and bool(torch.isfinite(chances.sum()))
+    if weights.dim() != 1 or not whole or bool((weights < 0).any()):
+        raise SidError(
+            "impressions",
+            f"shape {tuple(weights.shape)} or values",
+            "Pass one finite count, 0 or more, per item.",
+        )
+    if rows < 1 or not bool(seen.any()):
+        raise SidError("impressions", f"{rows} rows of no impression", "Pass the training period's counts.")
+    # What torch.multinomial does, which ends at 2**24 items.
+    reach = chances.cumsum(0)
+    reach = reach / reach[-1]
+    reach[-1] = 1
+    draws = torch.rand(rows, dtype=torch.float64, generator=derived_generator(seed, "sample_impressed"))
+    return torch.searchsorted(reach, draws)
+
+
+def sample_impressed(
+    embeddings: Tensor,
+    impressions: Tensor,
+    *,
+    rows: int = 131_072,
+    power: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """The embeddings ``[rows, d]`` float32 at :func:`impressed_rows`, of embeddings ``[N, d]``.
+
+    Raises:
+        SidError: weights that do not fit the embeddings, or what :func:`impressed_rows` refuses.
+
+    Example:
+        >>> x, seen = torch.randn(100, 8), torch.arange(100)
+        >>> sample_impressed(x, seen, rows=1000).shape
+        torch.Size([1000, 8])
+    """
+    x = check_batch(embeddings, embeddings.shape[-1], "embeddings")
+    if impressions.shape != (len(x),):
+        raise SidError(
+            "impressions", f"shape {tuple(impressions.shape)}", f"Pass {len(x)} counts, 0 or more."
+        )
+    return x[impressed_rows(impressions, rows=rows, power=power, seed=seed)]

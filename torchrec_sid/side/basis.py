@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.quantizers.base import Quantizer
 from torchrec_sid.side.event_layout import FeatureLayout, spec_layout
 from torchrec_sid.spec import SidSpec
-
-if TYPE_CHECKING:
-    from torchrec_sid.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
@@ -101,51 +98,17 @@ class FrozenBasis:
         return cls(spec, tuple(b.float() for b in codebooks), None if mean is None else mean.float())
 
     @classmethod
-    def from_quantizer(cls, quantizer: Quantizer, *, tolerance: float = 1e-5) -> FrozenBasis:
-        """Read the additive decoder off any quantizer that has one, by decoding unit changes.
-
-        Levels whose table is linear in the centred digit are stored as one direction.
+    def from_quantizer(cls, quantizer: Quantizer) -> FrozenBasis:
+        """The additive decoder of a quantizer: that of its latent where networks decode one.
 
         Args:
             quantizer: fitted.
-            tolerance: largest error allowed, relative to the largest decoded value.
 
         Raises:
-            SidError: the decoder is not a sum over levels (an MLP decoder, for instance).
+            SidError: not fitted, or its decoder is not a sum over levels.
         """
-        spec = quantizer.spec
-        zero = torch.zeros(1, spec.levels, dtype=torch.int64)
-        with torch.no_grad():
-            base = quantizer.decode(zero).float().cpu()[0]
-            books = []
-            for level, k in enumerate(spec.cardinalities):
-                codes = zero.repeat(k, 1)
-                codes[:, level] = torch.arange(k)
-                books.append(quantizer.decode(codes).float().cpu() - base)
-            tables, mean = [], base.clone()
-            for level, k in enumerate(spec.cardinalities):
-                digit = torch.arange(k).float() - (k - 1) / 2
-                step = (books[level][-1] - books[level][0]) / (k - 1)
-                offset = books[level][0] - digit[0] * step
-                limit = tolerance * torch.maximum(books[level].abs().max(), base.abs().max())
-                linear = bool((digit[:, None] * step + offset - books[level]).abs().max() <= limit)
-                # Two codes are always on a line, yet a two-row codebook and a digit cost the same.
-                tables.append(step[None] if linear and k <= 256 else books[level])
-                mean += offset if linear and k <= 256 else 0
-            basis = cls(spec, tuple(tables), mean)
-            generator = torch.Generator().manual_seed(0)
-            probe = torch.stack(
-                [torch.randint(k, (64,), generator=generator) for k in spec.cardinalities], 1
-            )
-            truth = quantizer.decode(probe).float().cpu()
-            error = (basis.decode(probe) - truth).abs().max() / truth.abs().max().clamp_min(1e-30)
-        if not float(error) <= tolerance:
-            raise SidError(
-                type(quantizer).__name__,
-                f"decoder that is not a sum over levels (relative error {float(error):.2g})",
-                "Build FrozenBasis.from_codebooks of its latent codebooks instead.",
-            )
-        return basis
+        decoder = quantizer.additive_decoder()
+        return cls(quantizer.spec, decoder.tables, decoder.mean)
 
     @property
     def dim(self) -> int:

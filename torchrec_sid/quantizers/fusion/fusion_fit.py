@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.bottleneck import BottleneckOutput
-from torchrec_sid.quantizers.bottleneck_start import start_bottleneck
+from torchrec_sid.quantizers.autoencoder import pass_gradient
+from torchrec_sid.quantizers.bottleneck import BottleneckOutput, start_bottleneck
 from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.dpca_fit import top_directions
+from torchrec_sid.quantizers.fusion.fusion_model import FusionModel, VqFusionConfig
 from torchrec_sid.quantizers.fusion.heads import info_nce, source_errors
 from torchrec_sid.quantizers.fusion.source_rows import FusionData
-from torchrec_sid.quantizers.gradient_fit import FitOptions, Step, Trainee, all_tensors, train, trainable
-from torchrec_sid.quantizers.gradients import pass_gradient
+from torchrec_sid.quantizers.gradient_fit import (
+    FitOptions,
+    Rows,
+    Step,
+    Trainee,
+    all_tensors,
+    train,
+    trainable,
+)
 from torchrec_sid.quantizers.sample import StreamMoments, stream_moments
-from torchrec_sid.quantizers.shuffle import Rows
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.streams import EmbeddingStream
-
-if TYPE_CHECKING:
-    from torchrec_sid.quantizers.fusion.vq_fusion import VqFusion
 
 _MEASURED_ROWS = 4096
 
 
 class FusionFit:
-    """One fit of a :class:`VqFusion` to its data.
+    """One fit of a fused quantizer to its data.
 
     Args:
         model: what is fitted.
+        config: how.
         data: the items.
         pairs: ``[P, 2]`` int64 rows of co-engaged items, or None.
         ranks: the processes of the fit.
@@ -41,27 +46,40 @@ class FusionFit:
         SidError: pairs of another shape, or outside the data.
     """
 
-    def __init__(self, model: VqFusion, data: FusionData, pairs: Tensor | None, ranks: Collectives) -> None:
-        self._model, self._data, self._pairs, self._ranks = model, data, pairs, ranks
-        self._weights = torch.tensor(
-            [source.weight for source in model.sources.values()], device=model.inputs.mean.device
-        )
+    def __init__(
+        self,
+        model: FusionModel,
+        config: VqFusionConfig,
+        data: FusionData,
+        pairs: Tensor | None,
+        ranks: Collectives,
+    ) -> None:
+        self._model, self._config, self._data = model, config, data
+        self._pairs, self._ranks = pairs, ranks
+        self._weights = model.source_weights
         self.rows = 0
         if pairs is not None:
             _check_pairs(pairs, data)
 
-    def run(self, options: FitOptions) -> None:
-        """Fit the statistics, start in closed form or at the checkpoint, and train."""
-        model, config = self._model, self._model.config
-        self.rows = model.inputs.fit((raw for (raw,) in self._own_raw()), self._ranks)
+    def run(self, module: nn.Module, manifest: dict[str, Any], options: FitOptions) -> None:
+        """Fit the statistics, start in closed form or at the checkpoint, and train.
+
+        Args:
+            module: holds the parts of the model; its state is broadcast, checkpointed and kept.
+            manifest: what the fit is of; a checkpoint of another one is refused.
+            options: see :class:`FitOptions`.
+        """
+        config = self._config
+        self.rows = self._model.inputs.fit((raw for (raw,) in self._own_raw()), self._ranks)
         moments = self._moments()
         if not options.resumes(self._ranks):
             self._start(moments)
+            self._ranks.broadcast_(all_tensors(module).values())
         if not bool(moments.covariance.any()):
             return
         train(
             "VQ fusion",
-            self._trainee(moments.sample[:_MEASURED_ROWS]),
+            self._trainee(module, manifest, moments.sample[:_MEASURED_ROWS]),
             self._own_rows,
             rows=self.rows,
             config=config,
@@ -74,12 +92,12 @@ class FusionFit:
     def level_errors(self) -> tuple[float, ...]:
         """Mean over sources, by weight, of their errors after each level, over the rows of all ranks."""
         model = self._model
-        levels = model.spec.levels
+        levels = len(model.bottleneck.cardinalities)
         total = torch.zeros(levels, len(self._weights), dtype=torch.float64, device=self._weights.device)
         count = torch.zeros_like(total[0])
         for (packed,) in self._own_rows():
             present = torch.stack([part.present.sum() for part in model.inputs.split(packed)])
-            codes = model.encode_packed(packed)
+            codes = model.encode(packed)
             for depth in range(1, levels + 1):
                 total[depth - 1] += self._errors(packed, codes[:, :depth]) * present
             count += present
@@ -95,7 +113,7 @@ class FusionFit:
 
     def _moments(self) -> StreamMoments:
         """Of the packed rows of all ranks; the covariance without the flags, ``[D, D]``."""
-        inputs, config = self._model.inputs, self._model.config
+        inputs, config = self._model.inputs, self._config
         stream = EmbeddingStream(
             lambda: (packed for (packed,) in self._own_rows()), inputs.columns, None, "sources"
         )
@@ -113,48 +131,47 @@ class FusionFit:
         model.encoder.linear.weight.zero_()[:, : model.inputs.dim] = directions
         model.inputs.fit_imputation(moments.covariance, moments.rows)
         z = model.latents(moments.sample)
-        step = model.config.batch_size * self._ranks.size
-        start_bottleneck(model.bottleneck, z, rows_per_step=step, seed=model.config.seed)
+        step = self._config.batch_size * self._ranks.size
+        start_bottleneck(model.bottleneck, z, rows_per_step=step, seed=self._config.seed)
         sample, codes = moments.sample[:_MEASURED_ROWS], model.bottleneck.encode(z[:_MEASURED_ROWS])
-        depths = range(1, model.spec.levels + 1)
+        depths = range(1, codes.shape[1] + 1)
         z_hats = [model.bottleneck.decode(codes[:, :depth]) for depth in depths]
         model.heads.start(directions, z_hats, model.inputs.split(sample))
-        self._ranks.broadcast_(all_tensors(model).values())
 
-    def _trainee(self, sample: Tensor) -> Trainee:
+    def _trainee(self, module: nn.Module, manifest: dict[str, Any], sample: Tensor) -> Trainee:
         model = self._model
         pairs = None if self._pairs is None else len(self._pairs)
         return Trainee(
-            module=model,
+            module=module,
             bottleneck=model.bottleneck,
             encoder=trainable([model.encoder]),
             decoder=trainable([model.heads]),
             step=lambda batch, seed: self._step(batch[0], seed),
             measure=lambda: self._measure(sample),
-            manifest={"kind": model.kind, **model.manifest(), "pairs": pairs},
+            manifest={**manifest, "pairs": pairs},
         )
 
     @torch.no_grad()
     def _measure(self, sample: Tensor) -> float:
         """The losses of the sources, and of pairs where there are some, on fixed items."""
         model = self._model
-        error = float(self._errors(sample, model.encode_packed(sample)) @ self._weights)
-        if self._pairs is None or not model.config.contrastive_weight:
+        error = float(self._errors(sample, model.encode(sample)) @ self._weights)
+        if self._pairs is None or not self._config.contrastive_weight:
             return error
-        some = self._pairs[:_MEASURED_ROWS].split(model.config.contrastive_batch)
+        some = self._pairs[:_MEASURED_ROWS].split(self._config.contrastive_batch)
         batches = [pairs for pairs in some if len(pairs) > 1] or [self._pairs]
         contrast = sum(float(self._contrast(pairs)) for pairs in batches) / len(batches)
-        return error + model.config.contrastive_weight * contrast
+        return error + self._config.contrastive_weight * contrast
 
     def _step(self, packed: Tensor, seed: int) -> Step:
-        model, config = self._model, self._model.config
+        model, config = self._model, self._config
         generator = derived_generator(seed, f"vq_fusion.step rank {self._ranks.rank}")
         z = model.latents(packed)
         quantized: BottleneckOutput = model.bottleneck(z)
         decoded = model.heads(self._through(z, quantized))
         errors = source_errors(model.inputs, decoded, model.inputs.split(packed))
         loss = errors @ self._weights + quantized.loss
-        if config.source_dropout and len(model.sources) > 1:
+        if config.source_dropout and len(self._weights) > 1:
             loss = loss + self._consistency(packed, z, generator)
         if self._pairs is not None and config.contrastive_weight:
             draw = torch.randint(len(self._pairs), (config.contrastive_batch,), generator=generator)
@@ -162,7 +179,7 @@ class FusionFit:
         return Step(loss, z, quantized)
 
     def _through(self, z: Tensor, quantized: BottleneckOutput) -> Tensor:
-        z_hat = pass_gradient(z, quantized.z_hat, self._model.config.gradient)
+        z_hat = pass_gradient(z, quantized.z_hat, self._config.gradient)
         # Codebooks that are parameters learn from the heads as well; adds 0.
         return z_hat + (quantized.z_hat - quantized.z_hat.detach())
 
@@ -173,7 +190,7 @@ class FusionFit:
         where no whole item is.
         """
         model = self._model
-        hidden = model.inputs.drop(packed, model.config.source_dropout, generator)
+        hidden = model.inputs.drop(packed, self._config.source_dropout, generator)
         changed = (hidden != packed).any(dim=1)
         distance = (model.latents(hidden[changed]) - z[changed].detach()).square().sum()
         return distance / len(z) / model.bottleneck.variance.clamp(min=1e-12)
@@ -182,12 +199,12 @@ class FusionFit:
         packed = self._model.pack(self._data.gather(pairs.T.reshape(-1)))
         z = self._model.latents(packed)
         left, right = self._through(z, self._model.bottleneck(z)).chunk(2)
-        return info_nce(left, right, self._model.config.contrastive_temperature)
+        return info_nce(left, right, self._config.contrastive_temperature)
 
     @torch.no_grad()
     def _errors(self, packed: Tensor, codes: Tensor) -> Tensor:
         """Per source ``[K]``, of packed rows decoded from codes ``[N, l]``."""
-        decoded = self._model.heads(self._model.bottleneck.decode(codes))
+        decoded = self._model.decode(codes)
         return source_errors(self._model.inputs, decoded, self._model.inputs.split(packed))
 
 

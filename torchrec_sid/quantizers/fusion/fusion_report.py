@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrec_sid.quantizers.fusion.fusion_model import FusionModel
 from torchrec_sid.quantizers.fusion.sources import CategorySource, SourcePart
-
-if TYPE_CHECKING:
-    from torchrec_sid.quantizers.fusion.vq_fusion import VqFusion
 
 
 @dataclass(frozen=True)
@@ -54,28 +51,29 @@ class FusionMeter:
     """Adds up errors per source, batch by batch.
 
     Args:
-        fusion: fitted.
+        model: of a fitted quantizer.
     """
 
-    def __init__(self, fusion: VqFusion) -> None:
-        self._fusion = fusion
-        self._rows = [0 for _ in fusion.sources]
-        self._values = [torch.zeros(w, dtype=torch.float64) for w in fusion.inputs.widths]
-        self._square = [0.0 for _ in fusion.sources]
-        self._winners = [torch.zeros(w, dtype=torch.float64) for w in fusion.inputs.widths]
+    def __init__(self, model: FusionModel) -> None:
+        self._model = model
+        widths = model.inputs.widths
+        self._rows = [0 for _ in widths]
+        self._values = [torch.zeros(w, dtype=torch.float64) for w in widths]
+        self._square = [0.0 for _ in widths]
+        self._winners = [torch.zeros(w, dtype=torch.float64) for w in widths]
         # Per source: error and hits of the SID, error and hits without a quantizer.
-        self._sums = [torch.zeros(4, dtype=torch.float64) for _ in fusion.sources]
+        self._sums = [torch.zeros(4, dtype=torch.float64) for _ in widths]
 
     @torch.no_grad()
     def add(self, raw: Tensor, *, beam: int = 1) -> None:
         """Measure rows of :class:`~torchrec_sid.quantizers.fusion.source_rows.FusionData`."""
-        fusion = self._fusion
-        packed = fusion.pack(raw)
-        z = fusion.latents(packed)
-        kept = fusion.decode_heads(fusion.bottleneck.encode(z, beam=beam))
-        ceiling = fusion.heads(z)
-        parts = fusion.inputs.split(packed)
-        for i, source in enumerate(fusion.sources.values()):
+        model = self._model
+        packed = model.pack(raw)
+        z = model.latents(packed)
+        kept = model.decode(model.bottleneck.encode(z, beam=beam))
+        ceiling = model.heads(z)
+        parts = model.inputs.split(packed)
+        for i, source in enumerate(model.inputs.sources.values()):
             part = SourcePart(parts[i].values[parts[i].present], parts[i].present)
             present = part.present
             category = isinstance(source, CategorySource)
@@ -94,7 +92,7 @@ class FusionMeter:
     def reports(self) -> dict[str, SourceReport]:
         """One report per source that any item had."""
         reports: dict[str, SourceReport] = {}
-        for i, (name, source) in enumerate(self._fusion.sources.items()):
+        for i, (name, source) in enumerate(self._model.inputs.sources.items()):
             rows = self._rows[i]
             if not rows:
                 continue

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrec_sid.quantizers.autoencoder import LinearPlusMlp
 from torchrec_sid.quantizers.fusion.sources import CategorySource, FusionInputs, SourcePart
-from torchrec_sid.quantizers.networks import LinearPlusMlp
 
 _TINY = 1e-12
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.base import FitReport, Quantizer
+from torchrec_sid.quantizers.autoencoder import LinearPlusMlp
+from torchrec_sid.quantizers.base import AdditiveDecoder, FitReport, Quantizer, register_quantizer
 from torchrec_sid.quantizers.bottleneck import Bottleneck
 from torchrec_sid.quantizers.collectives import Collectives
-from torchrec_sid.quantizers.fusion.fusion_config import VqFusionConfig
 from torchrec_sid.quantizers.fusion.fusion_fit import FusionFit
+from torchrec_sid.quantizers.fusion.fusion_model import FusionModel, VqFusionConfig
 from torchrec_sid.quantizers.fusion.fusion_report import FusionMeter, SourceReport
 from torchrec_sid.quantizers.fusion.heads import FusionHeads
-from torchrec_sid.quantizers.fusion.packed_view import PackedView
 from torchrec_sid.quantizers.fusion.source_rows import FusionData
 from torchrec_sid.quantizers.fusion.sources import (
     CategorySource,
@@ -29,16 +30,14 @@ from torchrec_sid.quantizers.fusion.sources import (
     source_to_json,
 )
 from torchrec_sid.quantizers.gradient_fit import FitOptions
-from torchrec_sid.quantizers.networks import LinearPlusMlp
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
-
-if TYPE_CHECKING:
-    from torchrec_sid.quality import QualityReport
+from torchrec_sid.streams import EmbeddingStream
 
 _WIDEST_LATENT = 512
 
 
+@register_quantizer
 class VqFusion(Quantizer):
     """Several sources of an item, some of them missing, through one encoder into one SID.
 
@@ -51,6 +50,10 @@ class VqFusion(Quantizer):
 
     so that each term is 1 for knowing nothing. Like :class:`RqVae` it starts at the closed-form solution
     and ends in the state with the lowest error on a fixed sample.
+
+    As a quantizer of vectors it reads and decodes rows of :class:`~.sources.FusionInputs`, all sources side
+    by side on one scale, followed by a flag per source (:meth:`rows`); :meth:`decode_sources` gives them
+    back one by one.
 
     Args:
         sources: by name, :class:`EmbeddingSource` or :class:`CategorySource`.
@@ -65,12 +68,15 @@ class VqFusion(Quantizer):
         >>> fusion = VqFusion({"text": EmbeddingSource(16), "kind": CategorySource(2)}, config)
         >>> report = fusion.fit({"text": x, "kind": label})
         >>> codes = fusion.encode({"text": x})
-        >>> {name: tuple(decoded.shape) for name, decoded in fusion.decode(codes).items()}
+        >>> {name: tuple(decoded.shape) for name, decoded in fusion.decode_sources(codes).items()}
         {'text': (600, 16), 'kind': (600, 2)}
     """
 
     kind: ClassVar[str] = "vq_fusion"
+    layout_version: ClassVar[int] = 2  # of 1 the manifest's "dim" held the sources
     config_type: ClassVar[type[Any]] = VqFusionConfig
+    fuses: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
     config: VqFusionConfig
 
     def __init__(
@@ -81,12 +87,13 @@ class VqFusion(Quantizer):
         device: torch.device | str | None = None,
     ) -> None:
         config = VqFusionConfig() if config is None else config
-        super().__init__(sum(source.width for source in sources.values()), config)
-        self.register_buffer("fitted", torch.tensor(False, device=device))
-        self.inputs = FusionInputs(sources, device=device)
-        latent = min(self.dim, _WIDEST_LATENT) if config.latent_dim is None else config.latent_dim
-        if latent > self.dim:
-            raise SidError("latent_dim", f"{latent} for {self.dim} columns", f"Use at most {self.dim}.")
+        inputs = FusionInputs(sources, device=device)
+        super().__init__(inputs.columns, config, device=device)
+        self.inputs = inputs
+        widest = inputs.dim
+        latent = min(widest, _WIDEST_LATENT) if config.latent_dim is None else config.latent_dim
+        if latent > widest:
+            raise SidError("latent_dim", f"{latent} for {widest} columns", f"Use at most {widest}.")
         if max([m for m, _ in config.stages], default=0) > latent:
             raise SidError(
                 "stages", f"{config.stages} for latents of {latent}", "Use fewer digits a stage."
@@ -109,16 +116,33 @@ class VqFusion(Quantizer):
         bottleneck = self.bottleneck
         vectors = sum(bottleneck.sizes) + len(bottleneck.alphabets) + 1
         heads = sum(p.numel() for p in self.heads.parameters())
-        return vectors * bottleneck.dim + heads + self.dim + len(self.sources)
+        return vectors * bottleneck.dim + heads + self.dim
 
     @property
     def spec(self) -> SidSpec:
         """One level per codebook, then one per digit."""
         return SidSpec(self.bottleneck.cardinalities)
 
+    @property
+    def model(self) -> FusionModel:
+        """Its parts."""
+        return FusionModel(self.inputs, self.encoder, self.bottleneck, self.heads)
+
+    def rows(self, data: Any, *, name: str = "sources") -> EmbeddingStream:
+        """Packed rows ``[n, D + K]`` of sources by name, of ``FusionData``, or as they are.
+
+        Raises:
+            SidError: as for :class:`FusionData`, or packed rows of another width.
+        """
+        if isinstance(data, Mapping):
+            data = FusionData(data, self.sources)
+        if not isinstance(data, FusionData):
+            return super().rows(data, name=name)
+        return EmbeddingStream(lambda: map(self.model.pack, data), self.dim, data.rows, name)
+
     def fit(
         self,
-        data: Mapping[str, Any],
+        data: Mapping[str, Any] | FusionData,
         *,
         present: Mapping[str, Any] | None = None,
         pairs: Tensor | None = None,
@@ -150,36 +174,41 @@ class VqFusion(Quantizer):
         """
         began = time.perf_counter()
         options = FitOptions(progress, checkpoint, checkpoint_every)
-        opened = FusionData(data, self.sources, present)
-        fit = FusionFit(self, opened, pairs, Collectives(group))
-        fit.run(options)
+        opened = self._opened(data, present)
+        fit = FusionFit(self.model, self.config, opened, pairs, Collectives(group))
+        fit.run(self, {"kind": self.kind, **self.manifest()}, options)
         self.fitted.fill_(True)
         return FitReport(fit.rows, time.perf_counter() - began, fit.level_errors())
 
-    @torch.no_grad()
-    def encode(
-        self, data: Mapping[str, Any], *, present: Mapping[str, Any] | None = None, beam: int = 1
-    ) -> Tensor:
-        """Sources (what :meth:`fit` takes; some may be left out) -> codes ``[N, L]`` int64.
+    def encode(self, x: Any, *, beam: int = 1, present: Mapping[str, Any] | None = None) -> Tensor:
+        """Sources (what :meth:`rows` takes; some may be left out) -> codes ``[N, L]`` int64.
 
         Args:
-            data: by source name.
-            present: by source name ``[N]`` bool.
+            x: by source name, or packed rows.
             beam: hypotheses kept per level; 1 is greedy, as in training.
+            present: by source name ``[N]`` bool.
 
         Raises:
             SidError: not fitted, an unknown source or category, a row without any source, bad values.
         """
-        self.require_fitted()
-        if beam < 1:
-            raise SidError("VqFusion.encode", f"beam {beam}", "Choose 1 or more.")
-        opened = FusionData(data, self.sources, present)
-        codes = [self.encode_packed(self.pack(raw), beam=beam) for raw in opened]
-        empty = torch.empty(0, self.spec.levels, dtype=torch.int64, device=self.inputs.mean.device)
-        return torch.cat(codes) if codes else empty
+        return super().encode(x if present is None else self._opened(x, present), beam=beam)
+
+    def _encode(self, x: Tensor, beam: int) -> Tensor:
+        return self.model.encode(x, beam=beam)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        """Packed rows of whole items: every flag is 1."""
+        blocks = []
+        for i, (source, out) in enumerate(
+            zip(self.sources.values(), self.model.decode(codes), strict=True)
+        ):
+            if isinstance(source, CategorySource):
+                out = self.inputs.normalise(i, out.softmax(dim=1))
+            blocks.append(out * math.sqrt(source.weight))
+        return torch.cat([*blocks, blocks[0].new_ones(len(codes), len(blocks))], dim=1)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> dict[str, Tensor]:
+    def decode_sources(self, codes: Tensor) -> dict[str, Tensor]:
         """Codes ``[N, l]``, any prefix ``1 <= l <= L`` -> by source name float32 ``[N, width]``.
 
         Embeddings in their own units, categories as probabilities.
@@ -187,72 +216,44 @@ class VqFusion(Quantizer):
         Raises:
             SidError: not fitted, no or too many levels, a code outside its alphabet.
         """
+        decoded = self.model.decode(self._checked(codes))
         return {
             name: out.softmax(dim=1) if isinstance(source, CategorySource) else self.inputs.restore(i, out)
-            for i, ((name, source), out) in enumerate(
-                zip(self.sources.items(), self.decode_heads(codes), strict=True)
-            )
+            for i, ((name, source), out) in enumerate(zip(self.sources.items(), decoded, strict=True))
         }
 
+    def additive_decoder(self) -> AdditiveDecoder:
+        """That of the latent, from which the heads decode the sources."""
+        self.require_fitted()
+        return self.bottleneck.additive_decoder()
+
     def report(
-        self, data: Mapping[str, Any], *, present: Mapping[str, Any] | None = None, beam: int = 1
+        self,
+        data: Mapping[str, Any] | FusionData,
+        *,
+        present: Mapping[str, Any] | None = None,
+        beam: int = 1,
     ) -> dict[str, SourceReport]:
         """What the SID keeps of each source on held-out items, and what is kept without a quantizer."""
         self.require_fitted()
-        meter = FusionMeter(self)
-        for raw in FusionData(data, self.sources, present):
+        meter = FusionMeter(self.model)
+        for raw in self._opened(data, present):
             meter.add(raw, beam=beam)
         return meter.reports()
 
-    def quality(self, held_out: Any, *, progress: bool = False) -> QualityReport:
-        """The diagnostics of :mod:`torchrec_sid.quality`, on all sources as one normalised vector.
-
-        Args:
-            held_out: by source name, or ``FusionData`` with missing rows.
-            progress: show a bar.
-        """
-        from torchrec_sid.quality import measure_quality  # above this module in the flow
-
-        opened = held_out if isinstance(held_out, FusionData) else FusionData(held_out, self.sources)
-        return measure_quality(PackedView(self), lambda: map(self.pack, opened), progress=progress)
-
-    def pack(self, raw: Tensor) -> Tensor:
-        """Rows of :class:`FusionData` -> normalised rows, see :class:`FusionInputs`."""
-        return self.inputs.pack(raw.to(self.inputs.mean.device))
-
-    @torch.no_grad()
-    def encode_packed(self, packed: Tensor, *, beam: int = 1) -> Tensor:
-        """Normalised rows ``[N, D + K]`` -> codes ``[N, L]``."""
-        return self.bottleneck.encode(self.latents(packed), beam=beam)
-
-    def latents(self, packed: Tensor) -> Tensor:
-        """Normalised rows ``[N, D + K]`` -> what the bottleneck quantizes, ``[N, latent]``."""
-        z: Tensor = self.encoder(self.inputs.fill(packed))
-        return z
-
-    @torch.no_grad()
-    def decode_heads(self, codes: Tensor) -> list[Tensor]:
-        """Codes ``[N, l]`` -> what the heads give: normalised embeddings and logits."""
-        self.require_fitted()
-        depth = codes.shape[1] if codes.dim() == 2 else 0
-        if not 1 <= depth <= self.spec.levels:
-            raise SidError("codes", f"shape {tuple(codes.shape)}", f"Pass 1 to {self.spec.levels} levels.")
-        self.spec.truncated(depth).validate(codes)
-        heads: list[Tensor] = self.heads(self.bottleneck.decode(codes.to(self.inputs.mean.device)))
-        return heads
+    def _opened(self, data: Any, present: Mapping[str, Any] | None) -> FusionData:
+        return data if isinstance(data, FusionData) else FusionData(data, self.sources, present)
 
     @classmethod
-    def from_config(cls, dim: Any, config: dict[str, Any]) -> Self:
+    def from_manifest(cls, manifest: dict[str, Any]) -> Self:
         """Build an unfitted quantizer from the JSON form of its sources and configuration."""
-        sources = {name: source_from_json(value) for name, value in dim}
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return cls(sources, VqFusionConfig(**fields))
+        pairs = manifest["sources"] if "sources" in manifest else manifest["dim"]
+        sources = {name: source_from_json(value) for name, value in pairs}
+        return cls(sources, cls.config_from_json(manifest["config"]))
 
     def manifest(self) -> dict[str, Any]:
         """Sources and configuration in JSON form."""
-        return self._manifest()
-
-    def _manifest(self) -> dict[str, Any]:
         # A list of pairs: the order of the sources is that of the columns.
         sources = [[name, source_to_json(source)] for name, source in self.sources.items()]
-        return {**super()._manifest(), "dim": sources}
+        plain = super().manifest()
+        return {**plain, "dim": sources} if self._layout == 1 else {**plain, "sources": sources}

@@ -1,24 +1,61 @@
-r"""Discrete PCA in its general form: encoder, alphabet quantizer and decoder per stage.
+r"""Discrete PCA in its general form, as the reference: encoder, alphabet quantizer and decoder per stage.
 
 Stage l holds an encoder ``E_l [m, d]``, a bias ``b_l [m]``, an alphabet quantizer ``Q_l`` and a decoder
 ``D_l``, stored by rows as ``[m, d]``::
 
     r_0 = x - mu;   q_l = Q_l(E_l r_{l-1} + b_l);   r_l = r_{l-1} - D_l q_l;   x_hat = mu + sum_l D_l q_l
 
-"Discrete PCA" is named in "SIDE" (arXiv 2506.16698), whose equations are not public: the definition is
-ours. It contains residual quantization, product quantization, FSQ and PCA; :func:`codebook_stage`,
+It contains residual quantization, product quantization, FSQ and PCA; :func:`codebook_stage`,
 :func:`product_stage`, :func:`tied_stage` and :func:`pca_stage` build them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from torchrec_sid.quantizers.alphabet import AlphabetQuantizer, Identity, OneHot, RoundDigits
+from torchrec_sid.quantizers import DiscretePca
+from torchrec_sid.quantizers.digits import RoundDigits
+
+
+class AlphabetQuantizer(Protocol):
+    """Maps coordinates ``t: [N, m]`` to digits ``q: [N, m]``, both float32."""
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Quantize."""
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """One-hot of the largest coordinate in each of several blocks.
+
+    With ``E = D^T`` and ``b_k = -|d_k|^2 / 2`` the largest coordinate is the nearest codeword, so that
+    one block is a level of residual quantization and several blocks are product quantization.
+
+    Args:
+        blocks: codewords per block; they sum to m.
+    """
+
+    blocks: tuple[int, ...]
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """One 1 per block."""
+        parts = [F.one_hot(b.argmax(dim=1), b.shape[1]) for b in t.split(self.blocks, dim=1)]
+        return torch.cat(parts, dim=1).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Keep the coordinates: a stage is then a step of plain PCA."""
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Nothing to do."""
+        return t
 
 
 class Stage(NamedTuple):
@@ -110,3 +147,15 @@ def product_stage(codebooks: Sequence[Tensor]) -> Stage:
 def pca_stage(directions: Tensor) -> Stage:
     """PCA: orthonormal directions ``[m, d]`` and no rounding."""
     return Stage(directions, directions.new_zeros(len(directions)), directions, Identity())
+
+
+def stages_of(quantizer: DiscretePca) -> list[Stage]:
+    """The fitted stages of a quantizer."""
+    first = quantizer.first
+    levels = range(len(quantizer.config.codebooks))
+    stages = [codebook_stage(first.codebook(i), first.counts(i) > 0) for i in levels] if first else []
+    widths = [m for m, _ in quantizer.config.stages]
+    for rows, (_, alphabet) in zip(quantizer.basis.split(widths), quantizer.config.stages, strict=True):
+        scales = rows.norm(dim=1)
+        stages.append(tied_stage(rows / scales.clamp(min=1e-30)[:, None], scales, alphabet))
+    return stages

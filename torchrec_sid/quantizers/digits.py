@@ -1,4 +1,4 @@
-"""Encoding in digit space: one matrix product with the data, then small ones with the Gram matrix.
+"""Digits: rounding to an odd alphabet, and encoding and comparing in digit space.
 
 Stage by stage, the residual is needed only through its coordinates ``t = E r``. Those of all stages
 come from the first residual at once, ``T = r E^T``; when a stage has chosen its digits q, the later
@@ -8,12 +8,43 @@ columns move by ``- q D^T E^T``, a product of the size of the digits, not of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchrec_sid.quantizers.alphabet import RoundDigits
+from torchrec_sid.errors import SidError
+
+
+@dataclass(frozen=True)
+class RoundDigits:
+    """Round to the integers ``-h .. h``, ``h = (alphabet - 1) / 2``.
+
+    Args:
+        alphabet: odd number of levels, at least 3; 3 makes trits.
+
+    Example:
+        >>> RoundDigits(3)(torch.tensor([[-2.0, 0.4, 0.6]])).tolist()
+        [[-1.0, 0.0, 1.0]]
+    """
+
+    alphabet: int = 3
+
+    def __post_init__(self) -> None:
+        if self.alphabet < 3 or self.alphabet % 2 == 0:
+            raise SidError(
+                "alphabet", f"{self.alphabet} levels", "Use an odd number, 3 or more: 0 must be a digit."
+            )
+
+    @property
+    def half(self) -> int:
+        """h, the largest digit."""
+        return (self.alphabet - 1) // 2
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """The nearest digit; adding 0.0 turns the -0.0 of a rounded small negative into 0.0."""
+        return t.round().clamp(-self.half, self.half) + 0.0
 
 
 class DigitLevels(NamedTuple):

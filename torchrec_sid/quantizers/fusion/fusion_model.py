@@ -1,20 +1,26 @@
-"""The configuration of :class:`~torchrec_sid.quantizers.fusion.vq_fusion.VqFusion`."""
+"""The shape of a fused quantizer, and its parts as its fit and its report see them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.quantizers.bottleneck import BottleneckConfig
+from torchrec_sid.quantizers.autoencoder import GradientName, LinearPlusMlp
+from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig
 from torchrec_sid.quantizers.dpca import DiscretePcaConfig
+from torchrec_sid.quantizers.fusion.heads import FusionHeads
+from torchrec_sid.quantizers.fusion.sources import FusionInputs
 from torchrec_sid.quantizers.gradient_fit import TrainingConfig
-from torchrec_sid.quantizers.gradients import GradientName
 from torchrec_sid.spec import SidSpec
 
 
 @dataclass(frozen=True)
 class VqFusionConfig(BottleneckConfig, TrainingConfig):
-    """Shape and training of a :class:`VqFusion`. The default SID is 5 bytes: 4 codes of 256 and 5 trits.
+    """Shape and training of a ``VqFusion``. The default SID is 5 bytes: 4 codes of 256 and 5 trits.
 
     Raises:
         SidError: a field out of range.
@@ -71,3 +77,40 @@ class VqFusionConfig(BottleneckConfig, TrainingConfig):
                 f"{self.contrastive_weight}, {self.contrastive_temperature}, {self.contrastive_batch}",
                 "Use a weight of 0 or more, a temperature above 0 and 2 pairs or more.",
             )
+
+
+class FusionModel(NamedTuple):
+    """What stands between the sources of an item and its codes, and back."""
+
+    inputs: FusionInputs
+    """Normalises and packs rows of sources."""
+    encoder: LinearPlusMlp
+    """Packed rows to latents."""
+    bottleneck: Bottleneck
+    """Latents to codes."""
+    heads: FusionHeads
+    """Latents to sources."""
+
+    @property
+    def source_weights(self) -> Tensor:
+        """``[K]`` float32."""
+        weights = [source.weight for source in self.inputs.sources.values()]
+        return torch.tensor(weights, device=self.inputs.mean.device)
+
+    def pack(self, raw: Tensor) -> Tensor:
+        """Rows of :class:`~.source_rows.FusionData` -> normalised rows ``[N, D + K]``."""
+        return self.inputs.pack(raw.to(self.inputs.mean.device))
+
+    def latents(self, packed: Tensor) -> Tensor:
+        """Normalised rows ``[N, D + K]`` -> what the bottleneck quantizes, ``[N, latent]``."""
+        z: Tensor = self.encoder(self.inputs.fill(packed))
+        return z
+
+    def encode(self, packed: Tensor, *, beam: int = 1) -> Tensor:
+        """Normalised rows ``[N, D + K]`` -> codes ``[N, L]``."""
+        return self.bottleneck.encode(self.latents(packed), beam=beam)
+
+    def decode(self, codes: Tensor) -> list[Tensor]:
+        """Codes ``[N, l]`` -> per source ``[N, width]``: the normalised embedding, or logits."""
+        decoded: list[Tensor] = self.heads(self.bottleneck.decode(codes))
+        return decoded
