@@ -17,7 +17,7 @@ from tests.quantizers.general_form import (
     stages_of,
     tied_stage,
 )
-from torchrec_sid import artifact
+from torchrec_sid.artifact import tensor_file
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.quantizers import (
     DiscretePca,
@@ -364,7 +364,7 @@ def test_round_trip_and_interrupted_save(tmp_path: Path, monkeypatch: pytest.Mon
         file.write_bytes(b"half a fi")
         raise OSError("disk full")
 
-    monkeypatch.setattr(artifact, "save_file", torn)
+    monkeypatch.setattr(tensor_file, "save_file", torn)
     with pytest.raises(OSError, match="disk full"):
         fitted(x).save(path)
     assert DiscretePca.load(path).fingerprint == mark

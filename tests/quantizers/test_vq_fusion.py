@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_sid import artifact
+from torchrec_sid.artifact import tensor_file
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.quality import measure_quality
 from torchrec_sid.quantizers import (
@@ -380,7 +380,9 @@ def test_round_trip_and_interrupted_save(tmp_path: Path, monkeypatch: pytest.Mon
     )
     rows = {"z": data["text"], "a.b": data["kind"]}
     assert torch.equal(loaded.encode(rows), fusion.encode(rows))
-    monkeypatch.setattr(artifact, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        tensor_file, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         fusion.save(path)
     assert VqFusion.load(path).fingerprint == mark
@@ -554,7 +556,7 @@ def test_an_artefact_of_the_first_layout_opens_and_keeps_its_fingerprint(tmp_pat
     # As df61d2b wrote it: the sources in the place of the dimension.
     old = {"dim": new["sources"], "config": new["config"]}
     path = tmp_path / "old.safetensors"
-    mark = artifact.save_artifact(
+    mark = tensor_file.save_artifact(
         path, kind="vq_fusion", version=1, config=old, tensors=fusion.state_dict()
     )
     loaded = load_quantizer(path)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_sid.artifact import fingerprint, load_artifact, read_manifest, save_artifact
-from torchrec_sid.artifact.typed import read_typed
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.plugins import Registry
 from torchrec_sid.quantizers.kmeans import assign
@@ -258,7 +257,8 @@ class Quantizer(nn.Module, ABC):
     @classmethod
     def config_from_json(cls, fields: dict[str, Any]) -> Any:
         """The configuration from its JSON form, where tuples are lists."""
-        return read_typed(cls.config_type, fields)
+        # Values stay as they are (2 where 2.0 is meant): they are part of the fingerprint.
+        return cls.config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
     def require_fitted(self) -> None:
         """Raise SidError unless :meth:`fit` or :meth:`load` has run."""
