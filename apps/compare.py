@@ -23,6 +23,7 @@ from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import ARMS, arm_named
 from torchrec_sid.quantizers import ResidualKMeansConfig, VqFusionConfig
 from torchrec_sid.tables.pieces import PieceTrainerConfig
+from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import command_line, parse_config, plain_errors
 from .launch import launch_training
@@ -30,7 +31,6 @@ from .learn_sids import LearnedSids, SidRecipe, learn_sids, sid_options
 from .report import markdown_table, summarise_arm, terminal_table, write_report
 from .rundir import git_commit
 from .runs import claim_run
-from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ def _learn_sids(
     """The catalog of the tables, and the one of SIDE, as far as the arms need them."""
     arms = [arm_named(name) for name in config.arms]
     learned = {}
-    if any(arm.needs_catalog for arm in arms):
+    if any("catalog" in arm.requires for arm in arms):
         pieces = PieceTrainerConfig(config.model.table_rows - 1)
-        needed = any(arm.needs_pieces for arm in arms)
+        needed = any("pieces" in arm.requires for arm in arms)
         recipe = SidRecipe(config.quantizer, config.source, pieces=pieces if needed else None)
         learned["tables"] = learn_sids(recipe, data, log, output / "tables")
-    if any(arm.needs_side for arm in arms):
+    if any("side_catalog" in arm.requires for arm in arms):
         sources = (config.source,) if config.source else ()
         learned["side"] = learn_sids(SidRecipe(config.side, sources=sources), data, log, output / "side")
     return learned

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.options import load_options
+from torchrec_sid.parallel.ranks import Ranks, process_group
+from torchrec_sid.training.run import open_run
+from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import parse_config, plain_errors
 from .failure import one_message
 from .rundir import set_up_logging
-from .session import open_session, start_processes
-from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
     with plain_errors():
         config = parse_config(EvaluateConfig, __doc__, argv)
-    try:
-        with one_message():
-            report = evaluate(config, start_processes())
-            if dist.get_rank() == 0:
-                print(json.dumps(report, indent=2))
-            dist.barrier()  # leave together
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with process_group() as device, one_message():
+        report = evaluate(config, device)
+        if Ranks.open().rank == 0:
+            print(json.dumps(report, indent=2))
 
 
 def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
@@ -56,22 +51,22 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     Raises:
         SidError: no run, no checkpoint, or data or catalog that are not those of the training.
     """
-    run = Path(config.run)
-    session = open_session(_read_config(run), device)
+    output = Path(config.run)
+    run = open_run(_read_config(output), device)
     try:
-        position = session.loop.resume()
+        position = run.loop.resume()
         if not position.step:
-            raise SidError(str(run), "no checkpoint", "Train it first with apps.train.")
-        slices = session.evaluate(config.split)
+            raise SidError(str(output), "no checkpoint", "Train it first with apps.train.")
+        slices = run.evaluate(config.split)
     finally:
-        session.close()
+        run.close()
     report = {
         "split": config.split,
         "step": position.step,
         "slices": {name: asdict(metrics) for name, metrics in slices.items()},
     }
-    path = run / f"metrics-{config.split}.json"
-    session.ranks.first(lambda: write_json(path, report), where=str(run))
+    path = output / f"metrics-{config.split}.json"
+    run.ranks.first(lambda: write_json(path, report), where=str(output))
     return report
 
 

@@ -30,15 +30,14 @@ from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.models.build import Ranking
 from torchrec_sid.models.dlrm import by_task
 from torchrec_sid.options import load_options
-from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.serving.exporter import ExportOptions, ExportReport, Program, export_model
 from torchrec_sid.serving.quantized import Precision
 from torchrec_sid.serving.request import Bags, Request
 from torchrec_sid.serving.served_model import ServedModel
+from torchrec_sid.training.run import batch_config, build_run, open_checkpoints, open_stores, run_identity
+from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import parse_config, plain_errors
-from .item_sids import build_run, open_item_sids
-from .train_config import TrainConfig
 
 _EXAMPLE_ROWS = 64
 
@@ -103,8 +102,8 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
     """
     trained = open_run(config)
     output = Path(config.output or Path(config.run) / "served")
-    limits = {name: trained.history_length for name in trained.ranking.fields if _is_history(name)}
     requests, labels = _requests(trained, config.rows)
+    histories = [name for name in requests[0].features if name.startswith("history")]
     example = requests[0].take(range(min(_EXAMPLE_ROWS, requests[0].rows)))
     identity = {"run": config.run, "step": trained.step, **trained.identity}
     reports = {
@@ -113,7 +112,7 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
             example,
             output / precision,
             ExportOptions(precision, config.tolerance),
-            max_lengths=limits,
+            max_lengths=dict.fromkeys(histories, trained.history_length),
             identity=identity,
         )
         for precision in config.precisions
@@ -139,11 +138,11 @@ def open_run(config: ExportConfig) -> TrainedRun:
         raise ArtifactError(str(file), "no such file", "Pass a run directory of apps.train.")
     train = load_options(TrainConfig, file)
     log = PreparedLog.open(Path(train.prepared or Path(train.output) / "prepared"))
-    sids = open_item_sids(train, log)
-    ranking = build_run(train, log, sids)
-    identity = {"log": log.fingerprint, **sids.fingerprints}
+    stores = open_stores(train, log)
+    ranking = build_run(train, log, stores)
+    identity = run_identity(train, log, stores)
     directory = Path(config.run) / "checkpoints"
-    with CheckpointManager(directory, identity=identity, accepts=sids.accepts) as manager:
+    with open_checkpoints(Path(config.run), identity, stores) as manager:
         info = manager.latest()
         if info is None:
             raise ArtifactError(str(directory), "no checkpoint", "Train it first with apps.train.")
@@ -153,9 +152,8 @@ def open_run(config: ExportConfig) -> TrainedRun:
     reader = BatchReader(
         log,
         config.split,
-        ranking.batch_config(512, train.model.history_length),
-        item_sids=sids.item_sids,
-        sid_bytes=sids.item_bytes,
+        batch_config(ranking, 512, train.model.history_length),
+        item_values=ranking.item_values,
     )
     model = ranking.module.model.eval()
     return TrainedRun(model, ranking, info.step, identity, reader, train.model.history_length)
@@ -167,10 +165,8 @@ def to_request(batch: RankingBatch) -> Request:
         name: Bags(batch.features[name].values(), batch.features[name].lengths())
         for name in batch.features.keys()  # noqa: SIM118
     }
-    extras = {"item_bytes": batch.item_bytes, "history_bytes": batch.history_bytes}
-    present = {name: tensor for name, tensor in extras.items() if tensor is not None}
-    rows_of = {"history_bytes": "history_action"} if "history_bytes" in present else {}
-    whole = Request(batch.dense, features, present, rows_of)
+    rows_of = {name: "history_action" for name in batch.rows if name.startswith("history_")}
+    whole = Request(batch.dense, features, batch.rows, rows_of)
     return whole.take(batch.weights.nonzero().flatten().tolist())
 
 
@@ -188,10 +184,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append("".join(cells) + "".join(f"{row['ms'][batch]:9.2f}" for batch in batches))
     return "\n".join(lines)
-
-
-def _is_history(name: str) -> bool:
-    return name.startswith("history") and not name.endswith("_bytes")
 
 
 def _requests(trained: TrainedRun, rows: int) -> tuple[list[Request], Tensor]:

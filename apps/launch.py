@@ -13,9 +13,9 @@ from torchx.runner import get_runner
 from torchx.specs import AppState
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.training.train_config import TrainConfig
 
 from .components import train
-from .train_config import TrainConfig
 
 _POLL_SECONDS = 0.3
 _ERROR = re.compile(r"[\w.]+(Error|Exception): ")

@@ -92,11 +92,11 @@ def learn_sids(recipe: SidRecipe, data: Path, log: PreparedLog, output: Path) ->
 def sid_options(arm: Arm, tables: LearnedSids | None, side: LearnedSids | None) -> dict[str, Any]:
     """The options of a ``TrainConfig`` that give an arm the SIDs that it reads, and no others."""
     options = {}
-    if arm.needs_catalog and tables is not None:
+    if "catalog" in arm.requires and tables is not None:
         options["catalog"] = str(tables.catalog)
-    if arm.needs_pieces and tables is not None and tables.pieces is not None:
+    if "pieces" in arm.requires and tables is not None and tables.pieces is not None:
         options["pieces"] = str(tables.pieces)
-    if arm.needs_side and side is not None:
+    if "side_catalog" in arm.requires and side is not None:
         options |= {"side_catalog": str(side.catalog), "side_quantizer": str(side.quantizer)}
     return options
 

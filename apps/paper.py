@@ -27,6 +27,8 @@ from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.channels import arm_named
 from torchrec_sid.parallel.optimizer import TableOptimizer
+from torchrec_sid.parallel.ranks import process_group
+from torchrec_sid.training.train_config import TABLE_OPTIMIZER, TrainConfig
 
 from .cli import command_line, parse_config, plain_errors
 from .launch import write_options
@@ -35,9 +37,7 @@ from .paper_report import paper_report, paper_table, write_paper
 from .recipes import TABLES, PaperTable, Row
 from .rundir import git_commit, set_up_logging
 from .runs import claim_run
-from .session import start_processes
 from .train import train
-from .train_config import TABLE_OPTIMIZER, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,9 @@ def _start_worker() -> None:
 
 def _train(run: TrainConfig) -> None:
     # Groups of its own: each has threads that wake up for as long as it lives.
-    device = start_processes()
-    try:
+    with process_group() as device:
         write_options(run)
         train(run, device)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

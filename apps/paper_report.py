@@ -13,10 +13,10 @@ from rich.table import Table
 
 from torchrec_sid.artifact import load_artifact, write_atomically, write_json
 from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.training.run import PREDICTIONS
 
 from .plots import plot_gains
 from .recipes import PaperTable
-from .session import PREDICTIONS
 
 _SLICES = ("all", "cold", "head", "torso", "tail")
 _COLUMNS = (

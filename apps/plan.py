@@ -20,6 +20,7 @@ from rich.table import Table
 from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.statistics import mean_history
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, RankingConfig
 from torchrec_sid.options import plain
@@ -39,7 +40,6 @@ from .cli import command_line, parse_config, plain_errors
 from .plan_arms import PlanInputs, build_arm, check_arm
 from .plan_compare import compare_arms
 from .plan_report import plan_page, side_by_side_table
-from .session import mean_history
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def plan_inputs(config: PlanConfig) -> PlanInputs:
     if config.prepared is not None:
         prepared = PreparedLog.open(config.prepared)
         log = LogSizes(prepared.items, prepared.actions, prepared.dense_names)
-        history = config.mean_history or mean_history(config.model, prepared)
+        history = config.mean_history or mean_history(prepared, config.model.history_length)
     catalog = SidCatalog.open(config.catalog) if config.catalog else None
     pieces, per_item = config.pieces, config.pieces_per_item
     if config.pieces_model is not None and catalog is not None:

@@ -11,6 +11,7 @@ from torch import nn
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, RankingConfig, build_ranking
 from torchrec_sid.models.channels import CHANNELS, arm_named
+from torchrec_sid.models.stores import ContentStore, SideStore, SidStore
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces
@@ -55,8 +56,8 @@ class ArmPlanInput(NamedTuple):
 
 def check_arm(name: str) -> None:
     """Raise SidError unless an arm can be planned for."""
-    if arm_named(name).needs_content:
-        possible = ", ".join(channel for channel in CHANNELS if channel != "dense")
+    if ContentStore in arm_named(name).stores:
+        possible = ", ".join(channel for channel in CHANNELS if CHANNELS[channel].store is not ContentStore)
         raise SidError("model.arm", f"{name!r} reads embeddings, not tables", f"Plan one of {possible}.")
 
 
@@ -71,14 +72,15 @@ def build_arm(name: str, inputs: PlanInputs, items: int) -> ArmPlanInput:
     ranking = build_ranking(
         replace(inputs.model, arm=name),
         inputs.log._replace(items=items),
-        spec=inputs.spec,
-        pieces=_vocabulary(inputs) if arm_named(name).needs_pieces else None,
-        basis=FrozenBasis.from_digits(inputs.side_spec, digits),
+        (
+            SidStore(inputs.spec, _vocabulary(inputs) if "pieces" in arm_named(name).requires else None),
+            SideStore(FrozenBasis.from_digits(inputs.side_spec, digits)),
+        ),
         device=META,
     )
     history = inputs.mean_history
     lengths = {"item": 1.0, "item_sid": 1.0, "history": history, "history_sid": history}
-    return ArmPlanInput(ranking.module, lengths, ranking.arm.bytes_per_event(ranking.inputs))
+    return ArmPlanInput(ranking.module, lengths, ranking.bytes_per_event)
 
 
 def _vocabulary(inputs: PlanInputs) -> SidPieces:

@@ -24,8 +24,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.plan_file import save_plan
 from torchrec_sid.training.loop import TrainResult
-
-from .session import Session
+from torchrec_sid.training.run import Run
 
 logger = logging.getLogger(__name__)
 rank_log = logging.getLogger("torchrec_sid.rank")
@@ -71,13 +70,13 @@ def open_rank_log(output: str | Path, rank: int) -> None:
     rank_log.info("process %d on %s", os.getpid(), platform.node())
 
 
-def describe_run(session: Session, output: Path) -> None:
+def describe_run(run: Run, output: Path) -> None:
     """Write ``config.json``, ``environment.json``, ``plan.json`` and ``plan.txt``; for one rank to do."""
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", asdict(session.config))
-    write_json(output / "environment.json", environment(session.ranks.size))
-    save_plan(output / "plan.json", session.sharded.plan)
-    text = f"{session.sharded.plan}\n{session.sharded.report}\n"
+    write_json(output / "config.json", asdict(run.config))
+    write_json(output / "environment.json", environment(run.ranks.size))
+    save_plan(output / "plan.json", run.sharded.plan)
+    text = f"{run.sharded.plan}\n{run.sharded.report}\n"
     write_atomically(output / "plan.txt", lambda path: path.write_text(text))
 
 

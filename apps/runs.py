@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from torchrec_sid.artifact import write_json
-
-from .train_config import TrainConfig
+from torchrec_sid.training.train_config import TrainConfig
 
 
 def claim_run(run: TrainConfig, processes: int, marks: dict[str, str]) -> bool:

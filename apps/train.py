@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.models.dlrm import RankingOutput
+from torchrec_sid.parallel.ranks import Ranks, process_group
 from torchrec_sid.training.loop import TrainResult
 from torchrec_sid.training.profile import StepProfiler
 from torchrec_sid.training.progress_line import TrainingProgress
+from torchrec_sid.training.run import Run, open_run
+from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import parse_config, plain_errors
 from .failure import one_message
 from .rundir import StepRecorder, describe_run, open_rank_log, set_up_logging
-from .session import Session, open_session, start_processes
-from .train_config import TrainConfig
 
 logger = logging.getLogger("apps.train")
 
@@ -39,17 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
     with plain_errors():
         config = parse_config(TrainConfig, __doc__, argv)
-    try:
-        with one_message():
-            device = start_processes()
-            open_rank_log(config.output, dist.get_rank())
-            report = train(config, device)
-            if dist.get_rank() == 0:
-                logger.info("%s", json.dumps(report["slices"]["all"]))
-            dist.barrier()  # leave together
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with process_group() as device, one_message():
+        ranks = Ranks.open()
+        open_rank_log(config.output, ranks.rank)
+        report = train(config, device)
+        if ranks.rank == 0:
+            logger.info("%s", json.dumps(report["slices"]["all"]))
 
 
 def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -61,47 +56,45 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     Raises:
         SidError: anything wrong with the configuration or its inputs, before training starts.
     """
-    session = open_session(config, device)
+    run = open_run(config, device)
     output = Path(config.output)
     try:
-        session.ranks.first(lambda: describe_run(session, output), where=config.output)
-        result = _run(session, output)
-        slices = session.evaluate(config.evaluate_on)
+        run.ranks.first(lambda: describe_run(run, output), where=config.output)
+        result = _run(run, output)
+        slices = run.evaluate(config.evaluate_on)
     finally:
-        session.close()
+        run.close()
     report = {
-        **_costs(session, result),
+        **_costs(run, result),
         "slices": {name: asdict(metrics) for name, metrics in slices.items()},
         "evaluated_on": config.evaluate_on,
-        "identity": session.identity,
+        "identity": run.identity,
     }
-    session.ranks.first(lambda: write_json(output / "metrics.json", report), where=config.output)
+    run.ranks.first(lambda: write_json(output / "metrics.json", report), where=config.output)
     return report
 
 
-def _run(session: Session, output: Path) -> TrainResult:
-    config, first = session.config, session.ranks.rank == 0
-    at = session.loop.resume()
+def _run(run: Run, output: Path) -> TrainResult:
+    config, first = run.config, run.ranks.rank == 0
+    at = run.loop.resume()
     if at.step and first:
         logger.info("resuming after step %d", at.step)
-    recorder = StepRecorder(output, session.ranks.rank)
-    profiler = (
-        StepProfiler(output / "profile", config.profile, session.ranks.rank) if config.profile else None
-    )
+    recorder = StepRecorder(output, run.ranks.rank)
+    profiler = StepProfiler(output / "profile", config.profile, run.ranks.rank) if config.profile else None
 
     def on_step(step: int, out: RankingOutput) -> None:
         if profiler is not None:
             profiler.step()
         recorder(step, out)
 
-    with TrainingProgress(session.steps, done=at.step, title=config.model.arm, enabled=first) as progress:
-        result = session.loop.train(
-            lambda epoch, start: session.read("train", epoch, start),
+    with TrainingProgress(run.steps, done=at.step, title=config.model.arm, enabled=first) as progress:
+        result = run.loop.train(
+            lambda epoch, start: run.read("train", epoch, start),
             config.epochs,
             max_steps=config.max_steps,
             progress=progress,
             on_step=on_step,
-            schedule=session.schedule.set,
+            schedule=run.schedule.set,
         )
     if profiler is not None:
         profiler.close()
@@ -109,8 +102,8 @@ def _run(session: Session, output: Path) -> TrainResult:
     return result
 
 
-def _costs(session: Session, result: TrainResult) -> dict[str, Any]:
-    ranks, ranking = session.ranks, session.ranking
+def _costs(run: Run, result: TrainResult) -> dict[str, Any]:
+    ranks, ranking = run.ranks, run.ranking
     each = ranks.all(
         lambda: {
             "examples_per_second": result.examples / result.seconds if result.steps else 0.0,
@@ -128,10 +121,10 @@ def _costs(session: Session, result: TrainResult) -> dict[str, Any]:
         "train_seconds": result.seconds,
         "peak_rss_mb": max(rank["peak_rss_mb"] for rank in each),
         "ranks": each,
-        "bytes_per_event": ranking.arm.bytes_per_event(ranking.inputs),
-        "table_rows": session.table_rows,
-        "lookups_per_item": session.lookups_per_item,
-        "trained_parameters": session.trained_parameters,
+        "bytes_per_event": ranking.bytes_per_event,
+        "table_rows": run.table_rows,
+        "lookups_per_item": run.sizes.lookups_per_item,
+        "trained_parameters": run.sizes.trained_parameters,
     }
 
 

@@ -7,7 +7,7 @@ path and one synchronisation, and their state goes through `state_dict` like any
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,6 +20,7 @@ from torchrec.metrics.ne import NEMetric
 from torchrec.metrics.rec_metric import RecMetric
 
 from torchrec_sid.data.prepared import SEGMENTS
+from torchrec_sid.parallel.ranks import Ranks
 
 SLICES: dict[str, tuple[str, ...]] = {
     "all": SEGMENTS,
@@ -56,8 +57,9 @@ class SlicedMetrics(nn.Module):
     Args:
         rows: upper bound of the rows over all ranks, padding included.
         batch_size: rows per rank and update.
-        rank, world_size: this process among those that share the evaluation.
+        ranks: the processes that share the evaluation; None: this one alone.
         slices: slice name -> segments; :data:`SLICES` by default.
+        segments: names of the values of ``segment``.
         device: where the state lives.
 
     Example:
@@ -76,22 +78,23 @@ class SlicedMetrics(nn.Module):
         self,
         rows: int,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: Ranks | None = None,
         slices: Mapping[str, tuple[str, ...]] = SLICES,
+        segments: Sequence[str] = SEGMENTS,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.slices = dict(slices)
+        self.ranks = ranks or Ranks(None, 0, 1)
         tasks = [
             RecTaskInfo(name=name, label_name=name, prediction_name=name, weight_name=name)
             for name in self.slices
         ]
         # The window must hold the whole evaluation: AUC is computed over it.
-        window = max(rows, batch_size * world_size)
+        window = max(rows, batch_size * self.ranks.size)
         common = {
-            "world_size": world_size,
-            "my_rank": rank,
+            "world_size": self.ranks.size,
+            "my_rank": self.ranks.rank,
             "batch_size": batch_size,
             "tasks": tasks,
             "window_size": window,
@@ -104,9 +107,9 @@ class SlicedMetrics(nn.Module):
                 "calibration": CalibrationMetric(**common),
             }
         ).to(device)
-        members = torch.zeros(len(self.slices), len(SEGMENTS), device=device)
-        for row, segments in enumerate(self.slices.values()):
-            members[row, [SEGMENTS.index(name) for name in segments]] = 1.0
+        members = torch.zeros(len(self.slices), len(segments), device=device)
+        for row, names in enumerate(self.slices.values()):
+            members[row, [segments.index(name) for name in names]] = 1.0
         self.register_buffer("members", members, persistent=False)
         self.members: Tensor
         # Weight of negatives and positives per slice.
@@ -120,7 +123,7 @@ class SlicedMetrics(nn.Module):
             predictions: ``[B]`` float probabilities.
             labels: ``[B]`` float, 0 or 1.
             weights: ``[B]`` float, 0 for padding.
-            segment: ``[B]`` int64, a position in :data:`~torchrec_sid.data.prepared.SEGMENTS` each.
+            segment: ``[B]`` int64, a position in ``segments`` each; of padding any.
         """
         inside = self.members[:, segment] * weights
         by_label = torch.stack([1 - labels, labels], dim=1)
@@ -139,9 +142,7 @@ class SlicedMetrics(nn.Module):
         values: dict[str, float] = {}
         for metric in self.metrics.values():
             values.update({key: float(value) for key, value in cast(RecMetric, metric).compute().items()})
-        counts = self.counts.clone()
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
+        counts = self.ranks.sum(self.counts)
         return {
             name: _slice_metrics(values, name, *map(float, counts[row]))
             for row, name in enumerate(self.slices)

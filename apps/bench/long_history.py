@@ -32,8 +32,10 @@ from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.metrics import SlicedMetrics
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
+from torchrec_sid.models.stores import ContentStore, SideStore
 from torchrec_sid.quantizers import DiscretePca, DiscretePcaConfig
 from torchrec_sid.side import CodeSpaceAttention, FrozenBasis
+from torchrec_sid.training.run import batch_config, log_sizes
 
 from .alternating import peak_mb
 
@@ -118,7 +120,7 @@ class World:
 
     log: PreparedLog
     basis: FrozenBasis
-    sid_bytes: Tensor
+    item_bytes: Tensor
     content: Tensor
     config: LongHistoryConfig
 
@@ -143,16 +145,15 @@ class World:
         content = torch.from_numpy(np.array(source.embedding_matrix("content"))).float()
         quantizer = DiscretePca(config.dims, DiscretePcaConfig.trits(config.trits))
         quantizer.fit(content)
-        sid_bytes = quantizer.spec.pack_bytes(quantizer.encode(content))
-        return cls(log, FrozenBasis.from_quantizer(quantizer), sid_bytes, content, config)
+        item_bytes = quantizer.spec.pack_bytes(quantizer.encode(content))
+        return cls(log, FrozenBasis.from_quantizer(quantizer), item_bytes, content, config)
 
     def build(self, arm: str) -> Ranking:
         """The ranker of an arm; equal seeds give ``side`` and ``side_decoded`` equal parameters."""
         torch.manual_seed(self.config.seed)
         model = RankingConfig(arm="dense" if arm == "dense" else "side", history_length=self.config.history)
-        ranking = build_ranking(
-            model, self.log, basis=self.basis, side_bytes=self.sid_bytes, content=self.content
-        )
+        stores = (SideStore(self.basis, values={"bytes": self.item_bytes}), ContentStore(self.content))
+        ranking = build_ranking(model, log_sizes(self.log), stores)
         if arm == "side_decoded":
             channel: Any = ranking.module.model.channels["side"]
             channel.attentions = nn.ModuleList(
@@ -166,8 +167,8 @@ class World:
         reader = BatchReader(
             self.log,
             split,
-            ranking.batch_config(config.batch_size, config.history),
-            sid_bytes=self.sid_bytes,
+            batch_config(ranking, config.batch_size, config.history),
+            item_values=ranking.item_values,
             drop_last=True,
         )
         if split == "train":
@@ -214,7 +215,7 @@ def throughput(world: World) -> list[dict[str, Any]]:
             "examples_per_second": config.batch_size / median(seconds[arm]["memory"]),
             "examples_per_second_with_reader": config.batch_size / median(seconds[arm]["reader"]),
             "peak_mb": peak_mb(lambda arm=arm: steps[arm](batches[arm][0]), torch.device("cpu")),  # type: ignore[misc]
-            "bytes_per_event": rankings[arm].arm.bytes_per_event(rankings[arm].inputs),
+            "bytes_per_event": rankings[arm].bytes_per_event,
         }
         for arm in ARMS
     ]

@@ -36,6 +36,7 @@ from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.models.channels import ARMS
+from torchrec_sid.models.stores import ContentStore, SideStore, SidStore
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
@@ -44,6 +45,7 @@ from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces, train_pieces
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.progress_line import TrainingProgress
+from torchrec_sid.training.run import batch_config, log_sizes
 from torchrec_sid.training.schedule import LinearDecay
 
 from ..rundir import StepRecorder, set_up_logging
@@ -188,13 +190,22 @@ def _measure_arm(
 def _build(log: PreparedLog, arm: str) -> tuple[Ranking, ShardedModel]:
     torch.manual_seed(0)
     content = torch.randn(log.items, 384, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 64, (log.items, 4), generator=generator)
+    trits = torch.randint(0, 3, (log.items, _SIDE.levels), generator=generator)
     ranking = build_ranking(
         RankingConfig(arm=arm),
-        log,
-        spec=_SPEC,
-        pieces=_pieces() if arm == "sentencepiece" else None,
-        basis=FrozenBasis.from_digits(_SIDE, torch.randn(_SIDE.levels, 384)),
-        content=content,
+        log_sizes(log),
+        (
+            SidStore(
+                _SPEC, _pieces() if arm == "sentencepiece" else None, values={"sid": _SPEC.pack(codes)}
+            ),
+            SideStore(
+                FrozenBasis.from_digits(_SIDE, torch.randn(_SIDE.levels, 384)),
+                values={"bytes": _SIDE.pack_bytes(trits)},
+            ),
+            ContentStore(content),
+        ),
     )
     sharded = shard_model(
         ranking.module,
@@ -215,18 +226,14 @@ def _pieces() -> SidPieces:
 
 def _read(log: PreparedLog, ranking: Ranking, steps: int) -> list[Any]:
     """Batches in memory, so that reading is not what is measured."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 64, (log.items, 4), generator=generator)
-    trits = torch.randint(0, 3, (log.items, _SIDE.levels), generator=generator)
     world = dist.get_world_size()
     reader = BatchReader(
         log,
         "train",
-        ranking.batch_config(_BATCH // world, 64),
+        batch_config(ranking, _BATCH // world, 64),
         rank=dist.get_rank(),
         world_size=world,
-        item_sids=_SPEC.pack(codes),
-        sid_bytes=_SIDE.pack_bytes(trits),
+        item_values=ranking.item_values,
     )
     return list(itertools.islice(reader, steps))
 

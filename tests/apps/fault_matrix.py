@@ -25,12 +25,12 @@ import torch
 import yaml
 from rich.console import Console
 
-from apps.session import TrainConfig
 from tests.distributed.kill_matrix import prepare_case
 from torchrec_sid.artifact import write_json
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.parallel.checkpoint_files import list_checkpoints, read_checkpoint, verify_files
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 BEFORE, AFTER = 12, 24

@@ -10,12 +10,12 @@ import torch
 
 from apps.cli import parse_config
 from apps.export import ExportConfig, export
-from apps.train_config import TrainConfig
 from tests.logs import SPEC, random_sids, small_log
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.serving.served_model import ServedModel
+from torchrec_sid.training.train_config import TrainConfig
 
 _ROOT = Path(__file__).resolve().parents[2]
 _MODEL = RankingConfig(dim=8, heads=2, history_length=10, table_rows=50, tasks=(1,))

@@ -25,6 +25,7 @@ from torchrec_sid.quantizers import (
     RqVaeConfig,
     VqFusionConfig,
 )
+from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import PieceTrainerConfig
 
 
@@ -33,10 +34,10 @@ def test_every_row_names_the_sids_that_its_arm_reads(name: str) -> None:
     table = TABLES[name](4000)
     for row in table.rows:
         arm = arm_named(row.model.arm)
-        assert (row.tables is not None) == arm.needs_catalog, row
-        assert (row.side is not None) == arm.needs_side, row
+        assert (row.tables is not None) == ("catalog" in arm.requires), row
+        assert (row.side is not None) == ("side_catalog" in arm.requires), row
         if row.tables is not None:
-            assert (table.sids[row.tables].pieces is not None) >= arm.needs_pieces, row
+            assert (table.sids[row.tables].pieces is not None) >= ("pieces" in arm.requires), row
         if row.side is not None:
             assert row.side in table.sids
 
@@ -131,8 +132,8 @@ def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeyp
 
 
 def test_shuffled_sids_are_the_same_sids_of_other_items(tmp_path: Path) -> None:
-    from apps.item_sids import open_item_sids
-    from apps.train_config import TrainConfig
+    from torchrec_sid.training.run import open_stores
+    from torchrec_sid.training.train_config import TrainConfig
 
     log = small_log(tmp_path)
     tables = learn_sids(SidRecipe(ResidualKMeansConfig((8, 8))), tmp_path / "log", log, tmp_path / "a")
@@ -145,22 +146,26 @@ def test_shuffled_sids_are_the_same_sids_of_other_items(tmp_path: Path) -> None:
         "side_quantizer": str(side.quantizer),
         "model": RankingConfig(arm="hashed_prefix+side"),
     }
-    true, dealt = (open_item_sids(TrainConfig(**config, shuffle_sids=s), log) for s in (False, True))
-    assert not torch.equal(true.item_sids, dealt.item_sids)
-    assert torch.equal(true.item_sids.sort().values, dealt.item_sids.sort().values)
-    assert not torch.equal(true.item_bytes, dealt.item_bytes)
-    hidden = open_item_sids(TrainConfig(**config, hide_new=True), log)
+
+    def values(**control: bool) -> dict[str, torch.Tensor]:
+        stores = open_stores(TrainConfig(**config, **control), log)
+        return {name: value for store in stores for name, value in store.values.items()}
+
+    true, dealt, hidden = values(), values(shuffle_sids=True), values(hide_new=True)
+    assert not torch.equal(true["sid"], dealt["sid"])
+    assert torch.equal(true["sid"].sort().values, dealt["sid"].sort().values)
+    assert not torch.equal(true["bytes"], dealt["bytes"])
     new = torch.from_numpy(log.item_train_events == 0)
-    assert new.any() and (hidden.item_sids[new] == -1).all()
-    assert (hidden.basis.spec.unpack_bytes(hidden.item_bytes[new]) == 1).all()
-    for name in ("item_sids", "item_bytes"):
-        assert torch.equal(getattr(hidden, name)[~new], getattr(true, name)[~new])
+    assert new.any() and (hidden["sid"][new] == -1).all()
+    assert (SidSpec((3,) * 10).unpack_bytes(hidden["bytes"][new]) == 1).all()
+    for name in ("sid", "bytes"):
+        assert torch.equal(hidden[name][~new], true[name][~new])
     config["side_quantizer"] = str(tables.quantizer)
     with pytest.raises(SidError, match="did not make"):
-        open_item_sids(TrainConfig(**config), log)
+        open_stores(TrainConfig(**config), log)
     config["side_quantizer"] = None
     with pytest.raises(SidError, match="--side_quantizer"):
-        open_item_sids(TrainConfig(**config), log)
+        open_stores(TrainConfig(**config), log)
 
 
 def _metrics(run: str) -> dict:

@@ -16,10 +16,12 @@ from tests.logs import SPEC, random_sids, small_log
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig, build_ranking
+from torchrec_sid.models.stores import SidStore
 from torchrec_sid.parallel.constraints import model_pooling_factors
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import check_plan, load_plan
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
+from torchrec_sid.training.run import log_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = RankingConfig(dim=64, history_length=256, table_rows=50_000_000)
@@ -90,7 +92,7 @@ def test_the_plan_fits_the_model_that_train_builds(tmp_path):
         )
         report = plan(config)
         assert report["side_by_side"] == []
-        module = build_ranking(model, log, spec=SPEC).module
+        module = build_ranking(model, log_sizes(log), (SidStore(SPEC),)).module
         check_plan(load_plan(tmp_path / arm / "plan.json"), module, 2, "cpu")
         history = next(t for t in report["summary"]["tables"] if t["name"].startswith("t_history"))
         per_event = 1 if arm == "full_id" else 3

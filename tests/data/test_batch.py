@@ -25,7 +25,7 @@ def batch(with_bytes: bool) -> RankingBatch:
         weights=torch.ones(2),
         segment=torch.tensor([0, 3]),
         history_lengths=torch.tensor([3, 0]),
-        history_bytes=torch.zeros(3, 2, dtype=torch.uint8) if with_bytes else None,
+        rows={"history_bytes": torch.zeros(3, 2, dtype=torch.uint8)} if with_bytes else {},
     )
 
 
@@ -36,8 +36,9 @@ def test_moves_every_tensor(with_bytes: bool) -> None:
     for tensor in (moved.dense, moved.labels, moved.weights, moved.segment, moved.history_lengths):
         assert tensor.is_meta
     assert moved.features.values().is_meta and moved.features.lengths().is_meta
-    assert (moved.history_bytes is not None and moved.history_bytes.is_meta) == with_bytes
-    assert moved.item_bytes is None
+    assert [(name, row.is_meta) for name, row in moved.rows.items()] == [
+        ("history_bytes", True)
+    ] * with_bytes
 
 
 def test_survives_a_worker_process() -> None:

@@ -148,7 +148,12 @@ def damage(path: Path, row_group: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_read_the_same(log: PreparedLog, workers: int) -> None:
-    how: dict[str, Any] = {"order": "shuffled", "start_batch": 2, "fields": ALL, "item_sids": SIDS}
+    how: dict[str, Any] = {
+        "order": "shuffled",
+        "start_batch": 2,
+        "fields": ALL,
+        "item_values": {"sid": SIDS},
+    }
     ours, theirs = read(log, **how), read(log, workers=workers, **how)
     assert len(ours) == len(theirs) > 10
     assert all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -196,7 +201,8 @@ def test_shuffle_opens_each_file_once(log: PreparedLog, monkeypatch: pytest.Monk
 
 def test_fields_choose_keys_values_and_bytes(log: PreparedLog) -> None:
     fields = ("history_sid", "item", "history_bytes", "history", "item_sid", "item_bytes")
-    for batch in read(log, fields=fields, item_sids=torch.from_numpy(SIDS), sid_bytes=BYTES):
+    values = {"sid": torch.from_numpy(SIDS), "bytes": BYTES}
+    for batch in read(log, fields=fields, item_values=values):
         jagged = batch.features.to_dict()
         assert batch.features.keys() == ["history_sid", "item", "history", "item_sid"]
         assert batch.features.values().dtype == batch.features.lengths().dtype == torch.int64
@@ -205,9 +211,9 @@ def test_fields_choose_keys_values_and_bytes(log: PreparedLog) -> None:
         assert jagged["item_sid"].values().equal(torch.from_numpy(SIDS)[item])
         assert jagged["history_sid"].values().equal(torch.from_numpy(SIDS)[history])
         assert jagged["history_sid"].lengths().equal(batch.history_lengths)
-        assert batch.item_bytes is not None and batch.history_bytes is not None
-        assert batch.item_bytes.equal(torch.from_numpy(BYTES)[item])
-        assert batch.history_bytes.equal(torch.from_numpy(BYTES)[history])
+        assert batch.rows.keys() == {"item_bytes", "history_bytes"}
+        assert batch.rows["item_bytes"].equal(torch.from_numpy(BYTES)[item])
+        assert batch.rows["history_bytes"].equal(torch.from_numpy(BYTES)[history])
 
 
 def test_further_labels_say_whether_the_action_was_at_least_that(tmp_path: Path) -> None:
@@ -250,11 +256,12 @@ def test_ranges() -> None:
         ({"order": "random"}, "order: 'random'"),
         ({"split": "dev"}, "split: 'dev'"),
         ({"size": 10_000}, "Choose a smaller batch"),
-        ({"fields": ("item_sid",)}, "item_sids: missing"),
-        ({"fields": ("item", "item_bytes")}, "sid_bytes: missing"),
-        ({"item_sids": SIDS[:5]}, "item_sids: shape"),
-        ({"item_sids": SIDS.astype(np.int32)}, "dtype int32"),
-        ({"sid_bytes": SIDS}, "sid_bytes: shape"),
+        ({"fields": ("item_sid",)}, "'sid': missing"),
+        ({"fields": ("item", "item_bytes")}, "'bytes': missing"),
+        ({"fields": ("item_sid",), "item_values": {"sid": SIDS[:5]}}, "'sid': shape"),
+        ({"fields": ("item_sid",), "item_values": {"sid": SIDS.astype(np.int32)}}, "dtype int32"),
+        ({"fields": ("item", "history_bytes"), "item_values": {"bytes": BYTES[:7]}}, "'bytes': shape"),
+        ({"fields": ("item_bytes",), "item_values": {"bytes": BYTES}}, "are rows"),
     ],
 )
 def test_refuses(log: PreparedLog, how: dict[str, Any], message: str) -> None:
@@ -269,7 +276,8 @@ def test_refuses(log: PreparedLog, how: dict[str, Any], message: str) -> None:
         {"history_length": 0},
         {"fields": ("item", "price")},
         {"fields": ("item", "item")},
-        {"fields": ("item_bytes",)},
+        {"fields": ("item_",)},
+        {"fields": ()},
     ],
 )
 def test_refuses_a_bad_batch(change: dict[str, Any]) -> None:

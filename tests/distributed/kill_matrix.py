@@ -25,7 +25,6 @@ from rich.console import Console
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from apps.session import TrainConfig
 from apps.train import train
 from tests.distributed.launch import join_group
 from tests.logs import small_log
@@ -34,6 +33,7 @@ from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.parallel.checkpoint_files import list_checkpoints, read_checkpoint, verify_files
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.training.train_config import TrainConfig
 
 WORLD = 2
 STEPS = 24

@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from apps.plan import PlanConfig, plan
 from apps.rundir import open_rank_log
-from apps.session import TrainConfig
 from apps.train import train
 from tests.distributed.kill_matrix import STEPS, metrics_of, prepare_case
 from tests.distributed.launch import run_ranks
 from torchrec_sid.parallel.checkpoint_files import list_checkpoints, read_checkpoint
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import load_plan
+from torchrec_sid.training.train_config import TrainConfig
 
 
 def _train(config: TrainConfig) -> None:

@@ -14,6 +14,7 @@ from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
+from torchrec_sid.models.stores import ContentStore, SideStore, SidStore
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.embedding_tables import find_tables
 from torchrec_sid.parallel.initialise import initialise_tables
@@ -23,6 +24,7 @@ from torchrec_sid.parallel.sharding import shard_model
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.training.loop import TrainingLoop
+from torchrec_sid.training.run import batch_config, log_sizes
 
 BATCHES, EPOCHS, GLOBAL_BATCH, SEED = 3, 5, 128, 3
 STEPS = BATCHES * EPOCHS
@@ -39,9 +41,13 @@ def _ranking(arm: str, log: PreparedLog) -> Ranking:
     if arm.endswith(TRANSFORMER):
         config = replace(config, arm=arm.removesuffix(TRANSFORMER), encoder_layers=2, interaction="dcn")
     directions = torch.randn(10, 12, generator=torch.Generator().manual_seed(2))
-    return build_ranking(
-        config, log, spec=SPEC, content=content, basis=FrozenBasis.from_digits(SIDE, directions)
+    trits = torch.randint(0, 3, (log.items, 10), generator=torch.Generator().manual_seed(4))
+    stores = (
+        SidStore(SPEC, values={"sid": random_sids(log.items)}),
+        SideStore(FrozenBasis.from_digits(SIDE, directions), values={"bytes": SIDE.pack_bytes(trits)}),
+        ContentStore(content),
     )
+    return build_ranking(config, log_sizes(log), stores)
 
 
 def _read(log: PreparedLog, ranking: Ranking, split: str = "train", start: int = 0) -> BatchReader:
@@ -49,14 +55,11 @@ def _read(log: PreparedLog, ranking: Ranking, split: str = "train", start: int =
     return BatchReader(
         log,
         split,
-        ranking.batch_config(GLOBAL_BATCH // world, 20),
+        batch_config(ranking, GLOBAL_BATCH // world, 20),
         rank=dist.get_rank() if dist.is_initialized() else 0,
         world_size=world,
         start_batch=start,
-        item_sids=random_sids(log.items),
-        sid_bytes=SIDE.pack_bytes(
-            torch.randint(0, 3, (log.items, 10), generator=torch.Generator().manual_seed(4))
-        ),
+        item_values=ranking.item_values,
     )
 
 
@@ -120,7 +123,7 @@ def _train_sharded(arm: str, log: PreparedLog) -> tuple[list[float], int, dict]:
     loop, ranking = _loop(arm, log)
     losses = _losses(loop, ranking, log, STEPS)
     pipelined = len(loop.pipeline._pipelined_modules if loop.pipeline else [])
-    evaluated = loop.evaluate(_read(log, ranking, "test"), GLOBAL_BATCH // 2, 2)
+    evaluated = loop.evaluate(_read(log, ranking, "test"), GLOBAL_BATCH // 2)
     return losses, pipelined, evaluated
 
 

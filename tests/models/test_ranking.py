@@ -7,10 +7,12 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from torchrec_sid.data.batch import RankingBatch
+from torchrec_sid.data.statistics import action_values
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, Ranking, RankingConfig, build_ranking
 from torchrec_sid.models.channels import ARMS, CHANNELS, arm_named
 from torchrec_sid.models.dlrm import Standardise
+from torchrec_sid.models.stores import ContentStore, ItemStore, SideStore, SidStore
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
@@ -24,15 +26,15 @@ ALL = ("none", *CHANNELS, "full_id+side", "hashed_prefix+dense+side")
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict:
+def stores() -> tuple[ItemStore, ...]:
     generator = torch.Generator().manual_seed(3)
-    return {
-        "spec": SPEC,
-        "pieces": train_pieces(SPEC, CODES, PieceTrainerConfig(vocab_size=16, model="bpe")),
-        "basis": FrozenBasis.from_digits(SIDE, torch.randn(10, 6, generator=generator)),
-        "side_bytes": SIDE.pack_bytes(DIGITS),
-        "content": torch.randn(ITEMS, 6, generator=generator),
-    }
+    pieces = train_pieces(SPEC, CODES, PieceTrainerConfig(vocab_size=16, model="bpe"))
+    basis = FrozenBasis.from_digits(SIDE, torch.randn(10, 6, generator=generator))
+    return (
+        SidStore(SPEC, pieces, values={"sid": SPEC.pack(CODES)}),
+        SideStore(basis, values={"bytes": SIDE.pack_bytes(DIGITS)}),
+        ContentStore(torch.randn(ITEMS, 6, generator=generator)),
+    )
 
 
 def _batch(rows: int = 6) -> RankingBatch:
@@ -64,14 +66,13 @@ def _batch(rows: int = 6) -> RankingBatch:
         weights=torch.tensor([1.0, 1, 1, 1, 1, 0]),
         segment=torch.zeros(rows, dtype=torch.int64),
         history_lengths=lengths,
-        item_bytes=packed[item],
-        history_bytes=packed[history],
+        rows={"item_bytes": packed[item], "history_bytes": packed[history]},
     )
 
 
-def _ranking(parts: dict, **changes) -> Ranking:
+def _ranking(stores: tuple, **changes) -> Ranking:
     torch.manual_seed(0)
-    return build_ranking(replace(CONFIG, **changes), SIZES, **parts)
+    return build_ranking(replace(CONFIG, **changes), SIZES, stores)
 
 
 def _learns_by_heart(ranking: Ranking) -> None:
@@ -89,19 +90,19 @@ def _learns_by_heart(ranking: Ranking) -> None:
 
 @pytest.mark.parametrize("arm", ALL)
 @pytest.mark.parametrize("layers", [0, 2])
-def test_every_arm_learns_a_batch_by_heart(arm: str, layers: int, parts: dict) -> None:
-    _learns_by_heart(_ranking(parts, arm=arm, encoder_layers=layers))
+def test_every_arm_learns_a_batch_by_heart(arm: str, layers: int, stores: tuple) -> None:
+    _learns_by_heart(_ranking(stores, arm=arm, encoder_layers=layers))
 
 
 @pytest.mark.parametrize("arm", ["none", "side", "dense+full_id"])
-def test_long_histories_learn_a_batch_by_heart(arm: str, parts: dict) -> None:
-    _learns_by_heart(_ranking(parts, arm=arm, recent=2))
+def test_long_histories_learn_a_batch_by_heart(arm: str, stores: tuple) -> None:
+    _learns_by_heart(_ranking(stores, arm=arm, recent=2))
 
 
-def test_recent_summaries_of_side_are_those_of_a_history_cut_short(parts: dict) -> None:
+def test_recent_summaries_of_side_are_those_of_a_history_cut_short(stores: tuple) -> None:
     batch, cut = _batch(), 2
-    channel = _ranking(parts, arm="side", recent=cut).module.model.channels["side"]
-    whole = channel(batch.features, batch.item_bytes, batch.history_bytes)
+    channel = _ranking(stores, arm="side", recent=cut).module.model.channels["side"]
+    whole = channel(batch.features, batch.rows)
     lengths = batch.history_lengths
     kept = torch.cat([torch.arange(int(n)) >= n - cut for n in lengths])
     names = ["history_action", "history_age"]
@@ -110,7 +111,7 @@ def test_recent_summaries_of_side_are_those_of_a_history_cut_short(parts: dict) 
         values=torch.cat([batch.features[name].values()[kept] for name in names]),
         lengths=lengths.clamp_max(cut).repeat(2),
     )
-    found = channel(short, batch.item_bytes, batch.history_bytes[kept])
+    found = channel(short, {**batch.rows, "history_bytes": batch.rows["history_bytes"][kept]})
     # Both windows see all of the short history, the first of the long one its last events.
     half = found.numbers.shape[1] // 2
     torch.testing.assert_close(found.numbers[:, :half], whole.numbers[:, :half])
@@ -120,13 +121,13 @@ def test_recent_summaries_of_side_are_those_of_a_history_cut_short(parts: dict) 
 
 
 @pytest.mark.parametrize("arm", ["full_id", "sentencepiece+side"])
-def test_cross_layers_learn_a_batch_by_heart(arm: str, parts: dict) -> None:
-    _learns_by_heart(_ranking(parts, arm=arm, interaction="dcn", cross_layers=2, cross_rank=4))
+def test_cross_layers_learn_a_batch_by_heart(arm: str, stores: tuple) -> None:
+    _learns_by_heart(_ranking(stores, arm=arm, interaction="dcn", cross_layers=2, cross_rank=4))
 
 
 @pytest.mark.parametrize("arm", ALL)
-def test_padding_rows_do_not_change_the_loss(arm: str, parts: dict) -> None:
-    model, batch = _ranking(parts, arm=arm).module, _batch()
+def test_padding_rows_do_not_change_the_loss(arm: str, stores: tuple) -> None:
+    model, batch = _ranking(stores, arm=arm).module, _batch()
     loss, _ = model(batch)
     batch.labels[-1] = 1 - batch.labels[-1]
     assert model(batch)[0] == loss
@@ -134,8 +135,8 @@ def test_padding_rows_do_not_change_the_loss(arm: str, parts: dict) -> None:
 
 @pytest.mark.parametrize("arm", ["full_id", "dense+side", "hashed_prefix"])
 @pytest.mark.parametrize("layers", [0, 1])
-def test_without_history_only_the_candidate_counts(arm: str, layers: int, parts: dict) -> None:
-    ranking = _ranking(parts, arm=arm, history_length=0, encoder_layers=layers)
+def test_without_history_only_the_candidate_counts(arm: str, layers: int, stores: tuple) -> None:
+    ranking = _ranking(stores, arm=arm, history_length=0, encoder_layers=layers)
     assert not any(name.startswith("history") for name in ranking.fields)
     batch = _batch()
     features = batch.features
@@ -147,15 +148,15 @@ def test_without_history_only_the_candidate_counts(arm: str, layers: int, parts:
             values=torch.cat([features[k].values() for k in keys]),
             lengths=torch.ones(6 * len(keys), dtype=torch.int64),
         ),
-        history_bytes=None,
+        rows={"item_bytes": batch.rows["item_bytes"]},
     )
     loss, _ = ranking.module(kept)
     loss.backward()
     assert all(p.grad is not None for p in ranking.module.parameters()), "a parameter is not used"
 
 
-def test_an_event_sees_only_those_before_it(parts: dict) -> None:
-    model = _ranking(parts, arm="full_id", encoder_layers=2).module.model
+def test_an_event_sees_only_those_before_it(stores: tuple) -> None:
+    model = _ranking(stores, arm="full_id", encoder_layers=2).module.model
     features, encoder = _batch().features, model.channels["stream"].encoder
     events = torch.randn(12, 8)
     before = encoder(events, features)
@@ -166,10 +167,10 @@ def test_an_event_sees_only_those_before_it(parts: dict) -> None:
     assert not torch.equal(before[2], after[2])
 
 
-def test_every_task_has_its_own_logit_and_the_loss_is_their_mean(parts: dict) -> None:
-    ranking = _ranking(parts, arm="full_id", tasks=(1,))
+def test_every_task_has_its_own_logit_and_the_loss_is_their_mean(stores: tuple) -> None:
+    ranking = _ranking(stores, arm="full_id", tasks=(1,))
     assert ranking.task_names == ("action >= 1",)
-    assert ranking.batch_config(6, 4).tasks == (1,)
+    assert ranking.tasks == (1,)
     batch = _batch()
     batch.labels = torch.stack([batch.labels, 1 - batch.labels], dim=1)
     loss, output = ranking.module(batch)
@@ -180,10 +181,9 @@ def test_every_task_has_its_own_logit_and_the_loss_is_their_mean(parts: dict) ->
     torch.testing.assert_close(loss.detach(), each[:5].mean())
 
 
-def test_costs_are_those_of_the_arm(parts: dict) -> None:
+def test_costs_are_those_of_the_arm(stores: tuple) -> None:
     def cost(arm: str) -> int:
-        ranking = _ranking(parts, arm=arm)
-        return ranking.arm.bytes_per_event(ranking.inputs)
+        return _ranking(stores, arm=arm).bytes_per_event
 
     assert {arm: cost(arm) for arm in ARMS} == {
         "none": 0,
@@ -197,28 +197,28 @@ def test_costs_are_those_of_the_arm(parts: dict) -> None:
     assert SIDE.nbytes == 2
 
 
-def test_equal_rows_for_every_arm_that_hashes(parts: dict) -> None:
+def test_equal_rows_for_every_arm_that_hashes(stores: tuple) -> None:
     def rows(arm: str) -> list[int]:
-        channel = _ranking(parts, arm=arm).module.model.channels[arm]
+        channel = _ranking(stores, arm=arm).module.model.channels[arm]
         return [p.shape[0] for p in channel.embedder.parameters()]
 
     assert rows("random_hash") == rows("hashed_prefix") == [CONFIG.table_rows] * 2
 
 
-def test_unknown_arm_and_missing_inputs_are_named(parts: dict) -> None:
+def test_unknown_arm_and_missing_inputs_are_named(stores: tuple) -> None:
     with pytest.raises(SidError, match="unknown name 'nope'.*full_id"):
         arm_named("side+nope")
     with pytest.raises(SidError, match="repeats"):
         arm_named("side+side")
     for arm, missing in (
-        ("hashed_prefix", "catalog"),
+        ("hashed_prefix", "SidCatalog"),
         ("dense", "content"),
         ("side", "basis"),
         ("sentencepiece", "pieces"),
     ):
-        given = {"spec": SPEC} if arm == "sentencepiece" else {}
+        given = (SidStore(SPEC),) if arm == "sentencepiece" else ()
         with pytest.raises(SidError, match=missing):
-            build_ranking(replace(CONFIG, arm=arm), SIZES, **given)
+            build_ranking(replace(CONFIG, arm=arm), SIZES, given)
     with pytest.raises(SidError, match=r"tasks: 99, but actions are 0\.\."):
         build_ranking(replace(CONFIG, arm="none", tasks=(99,)), SIZES)
     with pytest.raises(SidError, match="dot or dcn"):
@@ -226,12 +226,10 @@ def test_unknown_arm_and_missing_inputs_are_named(parts: dict) -> None:
 
 
 def test_the_value_of_an_action_is_its_deviation_from_the_mean() -> None:
-    from torchrec_sid.models.build import _action_values
-
     ratings = torch.tensor([1, 3, 5, 5, 4, 5, 5])
-    values = _action_values(ratings, 6)
+    values = action_values(ratings, 6)
     assert values[1] == -1 and 0 < values[5] < 1 and values[5] > values[4]
-    assert _action_values(torch.ones(4, dtype=torch.int64), 2).tolist() == [1, 1]
+    assert action_values(torch.ones(4, dtype=torch.int64), 2).tolist() == [1, 1]
 
 
 def test_standardised_dense_features_have_mean_zero_and_unit_deviation() -> None:

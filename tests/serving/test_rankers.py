@@ -9,6 +9,7 @@ import torch
 from apps.export import normalized_entropy, to_request
 from tests.models.test_ranking import CODES, CONFIG, DIGITS, ITEMS, SIDE, SIZES, SPEC, _batch
 from torchrec_sid.models.build import build_ranking
+from torchrec_sid.models.stores import ContentStore, SideStore, SidStore
 from torchrec_sid.serving.exporter import ExportOptions, export_model
 from torchrec_sid.serving.served_model import ServedModel
 from torchrec_sid.side.basis import FrozenBasis
@@ -18,15 +19,14 @@ from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
 def make_ranking(arm, **changes):
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(0)
-    return build_ranking(
-        replace(CONFIG, arm=arm, **changes),
-        SIZES,
-        spec=SPEC,
-        pieces=train_pieces(SPEC, CODES, PieceTrainerConfig(vocab_size=16)),
-        basis=FrozenBasis.from_digits(SIDE, torch.randn(10, 6, generator=generator)),
-        side_bytes=SIDE.pack_bytes(DIGITS),
-        content=torch.randn(ITEMS, 6, generator=generator),
+    pieces = train_pieces(SPEC, CODES, PieceTrainerConfig(vocab_size=16))
+    basis = FrozenBasis.from_digits(SIDE, torch.randn(10, 6, generator=generator))
+    stores = (
+        SidStore(SPEC, pieces),
+        SideStore(basis, values={"bytes": SIDE.pack_bytes(DIGITS)}),
+        ContentStore(torch.randn(ITEMS, 6, generator=generator)),
     )
+    return build_ranking(replace(CONFIG, arm=arm, **changes), SIZES, stores)
 
 
 def make_request(ranking):

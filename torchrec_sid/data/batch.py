@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torchrec.streamable import Pipelineable
 
 from torchrec_sid.errors import SidError
 
-KJT_FIELDS = ("item", "history", "history_action", "history_age", "item_sid", "history_sid")
-"""Keys that a batch's KeyedJaggedTensor can carry."""
-BYTE_FIELDS = ("item_bytes", "history_bytes")
-"""Packed SIDs that ride beside it."""
+LOG_FIELDS = ("item", "history", "history_action", "history_age")
+"""Keys that a batch takes from the log alone. ``item_NAME`` and ``history_NAME`` are a further value of the
+candidate and of the events, from what the reader is given of every item."""
 
 HISTORY_AGES = 40
 """Values of ``history_age``: 0 where the time is unknown, else 1 + floor(log2(seconds before the event)),
@@ -32,7 +31,7 @@ class BatchConfig:
     history_length: int | None = 64
     """The most recent events kept of each history; None keeps all."""
     fields: tuple[str, ...] = ("item", "history")
-    """Keys of the KeyedJaggedTensor, in this order, and any of :data:`BYTE_FIELDS`."""
+    """Keys of the KeyedJaggedTensor, in this order, and rows beside it; see :data:`LOG_FIELDS`."""
     tasks: tuple[int, ...] = ()
     """Further labels: for each action a here, whether the user's action was at least a."""
 
@@ -45,19 +44,18 @@ class BatchConfig:
             raise SidError(
                 "history_length", f"{self.history_length}", "Keep one event or more, or None for all."
             )
-        known = KJT_FIELDS + BYTE_FIELDS
         for name in self.fields:
-            if name not in known:
-                raise SidError("fields", f"{name!r}", f"Choose from {', '.join(known)}.")
-        if len(set(self.fields)) < len(self.fields) or not self.kjt_fields:
-            raise SidError(
-                "fields", f"{self.fields}", f"Name each field once, and one of {', '.join(KJT_FIELDS)}."
-            )
+            if name not in LOG_FIELDS and not (name.startswith(("item_", "history_")) and name[-1] != "_"):
+                known = ", ".join((*LOG_FIELDS, "item_NAME", "history_NAME"))
+                raise SidError("fields", f"{name!r}", f"Choose from {known}.")
+        if len(set(self.fields)) < len(self.fields) or not self.fields:
+            raise SidError("fields", f"{self.fields}", f"Name each field once, and {LOG_FIELDS[0]!r}.")
 
     @property
-    def kjt_fields(self) -> tuple[str, ...]:
-        """The fields that are keys of the KeyedJaggedTensor."""
-        return tuple(name for name in self.fields if name in KJT_FIELDS)
+    def item_values(self) -> tuple[str, ...]:
+        """Names of the values of items that its fields take."""
+        own = [name for name in self.fields if name not in LOG_FIELDS]
+        return tuple(dict.fromkeys(name.partition("_")[2] for name in own))
 
 
 @dataclass
@@ -76,10 +74,9 @@ class RankingBatch(Pipelineable):
     """``[B]`` int64: popularity of the item, 0 head, 1 torso, 2 tail, 3 cold; -1 for padding."""
     history_lengths: Tensor
     """``[B]`` int64 events of each history, as cut to ``history_length``."""
-    history_bytes: Tensor | None = None
-    """``[events, nbytes]`` uint8 packed SIDs of all histories, one after the other."""
-    item_bytes: Tensor | None = None
-    """``[B, nbytes]`` uint8 packed SID of the item."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """Values of items that are no single int64, by field: ``item_NAME`` ``[B, ...]``, ``history_NAME``
+    ``[events, ...]``, all histories one after the other."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RankingBatch:
         """A copy on ``device``."""
@@ -94,6 +91,6 @@ class RankingBatch(Pipelineable):
         self._map(lambda part: part.record_stream(stream) or part)
 
     def _map(self, change: Callable[[Any], Any]) -> RankingBatch:
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        parts = {name: None if part is None else change(part) for name, part in parts.items()}
-        return RankingBatch(**parts)
+        parts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "rows"}
+        moved: dict[str, Any] = {name: change(part) for name, part in parts.items()}
+        return RankingBatch(**moved, rows={name: change(part) for name, part in self.rows.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_sid.data.batch import HISTORY_AGES, BatchConfig, RankingBatch
+from torchrec_sid.data.batch import HISTORY_AGES, LOG_FIELDS, BatchConfig, RankingBatch
 from torchrec_sid.data.blocks import BlockReader, Order
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.partition import NO_TIME
@@ -38,13 +38,14 @@ class BatchReader:
         epoch: of the shuffle; see also :meth:`set_epoch`.
         start_batch: batches to skip, by arithmetic, when a run resumes.
         drop_last: None drops in train and pads elsewhere.
-        item_sids: ``[N]`` int64 packed SID of every dense item index, for ``item_sid``/``history_sid``.
-        sid_bytes: ``[N, nbytes]`` uint8 likewise, for ``item_bytes``/``history_bytes``.
+        item_values: NAME -> ``[N, ...]``, a value of every dense item index, for the fields
+            ``item_NAME`` and ``history_NAME``: ``[N]`` int64 rides in the KeyedJaggedTensor, ``[N, ...]``
+            in ``rows``.
         workers: processes that read ahead; 0 reads in this one. The batches are the same.
         pin_memory: yield batches in page-locked memory.
 
     Raises:
-        SidError: a rank outside the world, an unknown split, a field whose SIDs are missing.
+        SidError: a rank outside the world, an unknown split, a field whose values are missing.
 
     Example:
         >>> reader = BatchReader(log, "train", BatchConfig(batch_size=512))  # doctest: +SKIP
@@ -64,8 +65,7 @@ class BatchReader:
         epoch: int = 0,
         start_batch: int = 0,
         drop_last: bool | None = None,
-        item_sids: Array | Tensor | None = None,
-        sid_bytes: Array | Tensor | None = None,
+        item_values: Mapping[str, Array | Tensor] | None = None,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -75,7 +75,7 @@ class BatchReader:
         self.workers, self.pin_memory = workers, pin_memory
         self._order_args: tuple[Order, int] = (order, seed)
         drop = split == "train" if drop_last is None else drop_last
-        self._source = _BatchSource(log, split, config, rank, world_size, drop, item_sids, sid_bytes)
+        self._source = _BatchSource(log, split, config, rank, world_size, drop, item_values or {})
         if not 0 <= start_batch <= len(self._source):
             raise SidError("start_batch", f"{start_batch}", f"The epoch has {len(self._source)} batches.")
         self.set_epoch(epoch)
@@ -105,9 +105,10 @@ class BatchReader:
             yield batch.pin_memory() if self.pin_memory else batch
 
     def _batch(self, part: dict[str, Tensor]) -> RankingBatch:
-        keys = list(self.config.kjt_fields)
+        keys = list(self._source.keys)
         features = KeyedJaggedTensor(keys=keys, values=part.pop("values"), lengths=part.pop("lengths"))
-        return RankingBatch(features=features, **part)
+        rows = {name: part.pop(name) for name in self._source.rows}
+        return RankingBatch(features=features, rows=rows, **part)
 
 
 class _BatchSource(Dataset[Any]):
@@ -121,8 +122,7 @@ class _BatchSource(Dataset[Any]):
         rank: int,
         world_size: int,
         drop_last: bool,
-        item_sids: Array | Tensor | None,
-        sid_bytes: Array | Tensor | None,
+        item_values: Mapping[str, Array | Tensor],
     ) -> None:
         self.log, self.split, self.config = log, split, config
         self.blocks = BlockReader(log, split)
@@ -136,8 +136,11 @@ class _BatchSource(Dataset[Any]):
                 f"{config.batch_size} on {world_size} ranks, {self.blocks.rows} rows in all",
                 "Choose a smaller batch.",
             )
-        self.item_sids = _per_item(item_sids, log, "item_sids", config, ("item_sid", "history_sid"), 1)
-        self.sid_bytes = _per_item(sid_bytes, log, "sid_bytes", config, ("item_bytes", "history_bytes"), 2)
+        self.item_values = {name: _per_item(name, item_values, log) for name in config.item_values}
+        self.rows = tuple(name for name in config.fields if self._is_row(name))
+        self.keys = tuple(name for name in config.fields if name not in self.rows)
+        if not self.keys:
+            raise SidError("fields", f"{config.fields} are rows", f"Ask for one of {LOG_FIELDS} as well.")
         self.columns = ["item", "ts", "label", "hist_begin", "hist_end", "segment", *log.dense_names]
         self.columns += ["action"] if config.tasks else []
         self._process = os.getpid()
@@ -178,16 +181,15 @@ class _BatchSource(Dataset[Any]):
         at = ranges(begin, lengths) if wanted else np.empty(0, np.int64)
         events = self.log.store.item[at] if wanted - {"history_action", "history_age"} else at
         values: dict[str, Array] = {}
-        for name in self.config.kjt_fields:
+        for name in self.keys:
             values[name] = self._values(name, item, events, at, _pad(rows["ts"], size), lengths)
         out["values"] = torch.from_numpy(np.concatenate(list(values.values())))
         one = np.ones(size, np.int64)
         all_lengths = [lengths if name.startswith("history") else one for name in values]
         out["lengths"] = torch.from_numpy(np.concatenate(all_lengths))
-        if self.sid_bytes is not None:
-            for name, index in (("item_bytes", item), ("history_bytes", events)):
-                if name in self.config.fields:
-                    out[name] = torch.from_numpy(np.ascontiguousarray(self.sid_bytes[index]))
+        for name in self.rows:
+            index = item if name.startswith("item") else events
+            out[name] = torch.from_numpy(np.ascontiguousarray(self.item_values[_value(name)][index]))
         return out
 
     def _labels(self, rows: dict[str, Array]) -> Array:
@@ -208,8 +210,17 @@ class _BatchSource(Dataset[Any]):
             return store.action[at].astype(np.int64)
         if name == "history_age":
             return age_bucket(np.repeat(ts, lengths), store.ts[at])
-        assert self.item_sids is not None
-        return self.item_sids[item if name == "item_sid" else events]
+        return self.item_values[_value(name)][item if name.startswith("item") else events]
+
+    def _is_row(self, name: str) -> bool:
+        if name in LOG_FIELDS:
+            return False
+        return self.item_values[_value(name)].ndim > 1
+
+
+def _value(field: str) -> str:
+    """The item's value behind ``item_NAME`` or ``history_NAME``."""
+    return field.partition("_")[2]
 
 
 def ranges(begin: Array, lengths: Array) -> Array:
@@ -234,28 +245,16 @@ def _pad(values: Array, size: int, fill: int = 0) -> Array:
     return out
 
 
-def _per_item(
-    values: Array | Tensor | None,
-    log: PreparedLog,
-    where: str,
-    config: BatchConfig,
-    fields: tuple[str, ...],
-    rank: int,
-) -> Array | None:
-    """Check an array of one row per item against the fields that need it."""
-    needed = [name for name in fields if name in config.fields]
-    if values is None:
-        if needed:
-            raise SidError(
-                where, f"missing, but fields ask for {needed}", f"Pass {where}, one row per item."
-            )
-        return None
-    array: Array = values.numpy() if isinstance(values, Tensor) else values
-    dtype = np.int64 if rank == 1 else np.uint8
-    if array.ndim != rank or len(array) != log.items or array.dtype != dtype:
+def _per_item(name: str, values: Mapping[str, Array | Tensor], log: PreparedLog) -> Array:
+    """The value of a name, one row per item of the log."""
+    if name not in values:
+        raise SidError(f"item value {name!r}", "missing, but fields ask for it", "Pass it in item_values.")
+    found = values[name]
+    array: Array = found.numpy() if isinstance(found, Tensor) else found
+    if not array.ndim or len(array) != log.items or (array.ndim == 1 and array.dtype != np.int64):
         raise SidError(
-            where,
+            f"item value {name!r}",
             f"shape {array.shape}, dtype {array.dtype}",
-            f"Pass {log.items} rows of {np.dtype(dtype)}, one for each item of the log.",
+            f"Pass {log.items} rows, one for each item of the log: int64 [N], or [N, ...] of any dtype.",
         )
     return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -54,9 +55,7 @@ class EventsOnly(ItemChannel):
         device = attention.query.weight.device
         self.no_item = nn.Parameter(torch.zeros(attention.config.dim, device=device))
 
-    def forward(
-        self, features: KeyedJaggedTensor, item_bytes: Tensor | None, history_bytes: Tensor | None
-    ) -> ChannelOutput:
+    def forward(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> ChannelOutput:
         """``[B, summaries, D]``."""
         lengths = features["history_action"].lengths()
         target = self.no_item.expand(lengths.shape[0], -1)
@@ -80,14 +79,12 @@ class EmbeddedChannel(ItemChannel):
         self.attention = attention
         self.encoder = encoder
 
-    def forward(
-        self, features: KeyedJaggedTensor, item_bytes: Tensor | None, history_bytes: Tensor | None
-    ) -> ChannelOutput:
+    def forward(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> ChannelOutput:
         """``[B, 1 + summaries, D]``: the candidate first."""
-        target = self.embedder.target(features, item_bytes)
+        target = self.embedder.target(features, rows)
         if self.attention is None:
             return ChannelOutput(target.unsqueeze(1))
-        events = self.embedder.events(features, history_bytes)
+        events = self.embedder.events(features, rows)
         if self.encoder is not None:
             events = self.encoder(events, features)
         content = JaggedTensor(events, lengths=features["history_action"].lengths())
@@ -129,7 +126,7 @@ class SideChannel(ItemChannel):
         dim: D, width of each field.
         history: how the history is summarised; None: only the candidate is embedded.
         action_values: ``[actions]`` how much an action speaks for an item, within -1 .. 1.
-        calibration: ``[n, nbytes]`` uint8 SIDs that occur, by which features are centred and scaled.
+        item_bytes: ``[N, nbytes]`` uint8 packed SIDs of the items; features are centred and scaled by them.
         device: of the parameters.
     """
 
@@ -142,11 +139,11 @@ class SideChannel(ItemChannel):
         history: HistoryConfig | None,
         action_values: Tensor,
         *,
-        calibration: Tensor | None = None,
+        item_bytes: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__(fields=1)
-        self.features = side_features(basis, calibration, device)
+        self.features = side_features(basis, item_bytes, device)
         self.projection = nn.Linear(self.features.dim, dim, device=device)
         self.windows: tuple[int, ...] = ()
         self.register_buffer("action_values", action_values.float().to(self.features.table.device))
@@ -169,16 +166,15 @@ class SideChannel(ItemChannel):
         self.fields = 1 + len(self.windows) + self.pools.summaries
         self.numbers = len(self.windows) * len(self.similarity.names)
 
-    def forward(
-        self, features: KeyedJaggedTensor, item_bytes: Tensor, history_bytes: Tensor
-    ) -> ChannelOutput:
+    def forward(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> ChannelOutput:
         """``[B, 2 + pools + windows, D]``: the candidate first; ``[B, k]`` similarity features."""
+        item_bytes = rows["item_bytes"]
         target = self.projection(self.features(item_bytes)).unsqueeze(1)
         if not self.windows:
             return ChannelOutput(target)
         action = features["history_action"]
         events = PackedHistory(
-            history_bytes, action.lengths(), action.values(), features["history_age"].values()
+            rows["history_bytes"], action.lengths(), action.values(), features["history_age"].values()
         )
         fields, numbers = [target], []
         for window, attention in zip(self.windows, self.attentions, strict=True):
@@ -192,8 +188,9 @@ class SideChannel(ItemChannel):
 
 
 def side_features(
-    basis: FrozenBasis, calibration: Tensor | None, device: torch.device | None
+    basis: FrozenBasis, item_bytes: Tensor | None, device: torch.device | None
 ) -> SideFeatures:
-    """One-hot features of SIDs: as expressive as a learned table per digit."""
+    """One-hot features of SIDs, as expressive as a learned table per digit; centred and scaled by those of
+    the items, ``[N, nbytes]`` uint8, where they are given."""
     features = SideFeatures(basis.spec, SideFeaturesConfig(kind="one_hot"), device=device)
-    return features if calibration is None else features.calibrate(calibration)
+    return features if item_bytes is None else features.calibrate(item_bytes)

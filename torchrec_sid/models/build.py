@@ -1,26 +1,22 @@
-"""`build_ranking`: a ranking model for a prepared log, from one configuration."""
+"""`build_ranking`: a ranking model from one configuration, the sizes of its log and what its items are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchrec_sid.data.batch import BatchConfig
-from torchrec_sid.data.prepared import PreparedLog
-from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.errors import SidError
-from torchrec_sid.models.attend import EmbeddedChannel, EventsOnly, ItemChannel, SideChannel, side_features
-from torchrec_sid.models.channels import Arm, ItemInputs, arm_named
+from torchrec_sid.models.attend import EmbeddedChannel, EventsOnly, ItemChannel
+from torchrec_sid.models.channels import Arm, ChannelInputs, arm_named
 from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain
-from torchrec_sid.models.embedder import Embedder, SideEmbedder, SumOfEmbedders
+from torchrec_sid.models.embedder import SumOfEmbedders
 from torchrec_sid.models.encoder import EncoderConfig, HistoryEncoder
-from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
-from torchrec_sid.side.basis import FrozenBasis
-from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.pieces import SidPieces
+from torchrec_sid.models.stores import IdStore, ItemStore
+from torchrec_sid.models.target_attention import AGES, HistoryConfig, TargetAttention
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class RankingConfig:
 
 
 class LogSizes(NamedTuple):
-    """What a model needs to know of its log."""
+    """What a model needs to know of its log, measured in ``data``."""
 
     items: int
     """N."""
@@ -88,15 +84,8 @@ class LogSizes(NamedTuple):
     """``[actions]`` how much an action speaks for an item, within -1 .. 1; None: 1 for all."""
     dense_statistics: Tensor | None = None
     """``[2, F]`` mean and standard deviation of the dense features; None: they are not standardised."""
-
-    @classmethod
-    def of(cls, log: PreparedLog) -> LogSizes:
-        """Measure a prepared log, by its first training rows."""
-        rows = min(16_384, log.rows("train"))
-        first = next(iter(BatchReader(log, "train", BatchConfig(rows, 64, ("history_action",)))))
-        actions = first.features["history_action"].values()
-        dense = torch.stack([first.dense.mean(0), first.dense.std(0, correction=0)])
-        return cls(log.items, log.actions, log.dense_names, _action_values(actions, log.actions), dense)
+    ages: int = AGES
+    """Values of ``history_age``."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +93,11 @@ class Ranking:
     """A model and what it reads."""
 
     module: HistoryDLRMTrain
-    """RankingBatch -> (loss, RankingOutput), unsharded."""
+    """Batch -> (loss, RankingOutput), unsharded."""
     arm: Arm
     """How items reach it."""
-    inputs: ItemInputs
-    """What the arm was built on."""
+    stores: tuple[ItemStore, ...]
+    """What an event holds for it."""
     fields: tuple[str, ...]
     """Batch fields that it reads."""
     tasks: tuple[int, ...] = ()
@@ -119,58 +108,53 @@ class Ranking:
         """What its further heads predict."""
         return tuple(f"action >= {action}" for action in self.tasks)
 
-    def batch_config(self, batch_size: int, history_length: int) -> BatchConfig:
-        """How to read batches of ``batch_size`` rows per rank for it."""
-        return BatchConfig(batch_size, max(1, history_length), self.fields, self.tasks)
+    @property
+    def bytes_per_event(self) -> int:
+        """Bytes of one history event at rest; what two channels share counts once."""
+        return sum(store.bytes_per_event for store in self.stores)
+
+    @property
+    def item_values(self) -> dict[str, Tensor]:
+        """Name -> ``[N, ...]`` what a batch carries of items beside their index."""
+        return {name: value for store in self.stores for name, value in store.values.items()}
 
 
 def build_ranking(
     config: RankingConfig,
-    log: PreparedLog | LogSizes,
+    sizes: LogSizes,
+    stores: Iterable[ItemStore] = (),
     *,
-    spec: SidSpec | None = None,
-    pieces: SidPieces | None = None,
-    basis: FrozenBasis | None = None,
-    side_bytes: Tensor | None = None,
-    content: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Ranking:
     """Build the model; random numbers come from torch's global generator.
 
     Args:
         config: sizes and arm.
-        log: gives the number of items, actions and dense features.
-        spec: of the catalog, for channels with tables over SIDs.
-        pieces: vocabulary over those SIDs, for ``sentencepiece``.
-        basis: decoder of the SIDs of ``side``.
-        side_bytes: ``[N, nbytes]`` packed SIDs of ``side``, by which its features are centred and scaled.
-        content: ``[N, d]`` embeddings in the order of the log's items, for ``dense``.
+        sizes: of the log.
+        stores: what its items are, for the channels of the arm; others are left out.
         device: where it is built.
 
     Raises:
-        SidError: an unknown channel, or one whose spec, pieces, basis or content is missing; a task that is
-            no action of the log.
+        SidError: an unknown channel, or one whose store is missing; a task that is no action of the log.
     """
     arm = arm_named(config.arm)
-    sizes = log if isinstance(log, LogSizes) else LogSizes.of(log)
     for action in config.tasks:
         if not 0 < action < sizes.actions:
             found = f"{action}, but actions are 0..{sizes.actions - 1}"
             raise SidError("RankingConfig.tasks", found, "Choose actions that are in the log.")
-    inputs = ItemInputs(
+    given: dict[str, ItemStore] = {IdStore.kind: IdStore(), **{store.kind: store for store in stores}}
+    inputs = ChannelInputs(
         items=sizes.items,
         dim=config.dim,
         table_rows=config.table_rows,
-        spec=spec,
-        pieces=pieces,
-        basis=basis,
-        content=content,
-        history=config.history_length > 0,
+        history=_history(config, sizes),
+        action_values=torch.ones(sizes.actions) if sizes.action_values is None else sizes.action_values,
+        stores=given,
         init_scale=config.init_scale,
         device=device,
     )
     model = HistoryDLRM(
-        _Channels(config, arm, inputs, sizes, side_bytes).build(),
+        _channels(config, arm, inputs),
         len(sizes.dense_names),
         config.dim,
         dense_layers=config.dense_layers,
@@ -186,92 +170,47 @@ def build_ranking(
     if not config.history_length:
         # A batch carries some feature, even where the model reads none.
         fields = [name for name in fields if not name.startswith("history")] or ["item"]
-    return Ranking(HistoryDLRMTrain(model), arm, inputs, tuple(fields), tuple(config.tasks))
+    read = tuple(inputs.store(store) for store in arm.stores)
+    return Ranking(HistoryDLRMTrain(model), arm, read, tuple(fields), tuple(config.tasks))
 
 
-class _Channels(NamedTuple):
-    """Builds the channels of an arm."""
-
-    config: RankingConfig
-    arm: Arm
-    inputs: ItemInputs
-    sizes: LogSizes
-    side_bytes: Tensor | None
-
-    def build(self) -> dict[str, ItemChannel]:
-        if not self.arm.channels:
-            events = self.attention(pools=0)
-            return {} if events is None else {"events": EventsOnly(events)}
-        channels: dict[str, ItemChannel] = {}
-        embedders = {c.name: c.embed(self.inputs) for c in self.arm.channels if c.embed is not None}
-        if self.arm.needs_side:
-            channels["side"] = self.side()
-        if not self.config.encoder_layers:
-            for name, embedder in embedders.items():
-                channels[name] = EmbeddedChannel(embedder, self.attention())
-            return channels
-        parts: list[Embedder] = list(embedders.values())
-        if self.arm.needs_side:
-            parts.append(self.side_embedder())
-        channels["stream"] = EmbeddedChannel(SumOfEmbedders(parts), self.attention(), self.encoder())
-        return channels
-
-    def history(self, pools: int | None = None) -> HistoryConfig | None:
-        config = self.config
-        if not config.history_length:
-            return None
-        return HistoryConfig(
-            dim=config.dim,
-            heads=config.heads,
-            actions=self.sizes.actions,
-            pools=config.pools if pools is None else pools,
-            max_length=config.history_length,
-            recent=config.recent,
-        )
-
-    def attention(self, pools: int | None = None) -> TargetAttention | None:
-        history = self.history(pools)
-        return None if history is None else TargetAttention(history, device=self.inputs.device)
-
-    def encoder(self) -> HistoryEncoder | None:
-        config = self.config
-        if not config.history_length:
-            return None
-        encoder = EncoderConfig(
-            dim=config.dim,
-            layers=config.encoder_layers,
-            heads=config.heads,
-            feedforward=config.encoder_feedforward,
-            actions=self.sizes.actions,
-            max_length=config.history_length,
-        )
-        return HistoryEncoder(encoder, device=self.inputs.device)
-
-    def side(self) -> SideChannel:
-        values = self.sizes.action_values
-        return SideChannel(
-            self.inputs.require_basis(),
-            self.config.dim,
-            self.history(),
-            torch.ones(self.sizes.actions) if values is None else values,
-            calibration=self.side_bytes,
-            device=self.inputs.device,
-        )
-
-    def side_embedder(self) -> SideEmbedder:
-        features = side_features(self.inputs.require_basis(), self.side_bytes, self.inputs.device)
-        return SideEmbedder(features, nn.Linear(features.dim, self.config.dim, device=self.inputs.device))
+def _channels(config: RankingConfig, arm: Arm, inputs: ChannelInputs) -> dict[str, ItemChannel]:
+    history = inputs.history
+    if not arm.channels:
+        if history is None:
+            return {}
+        return {"events": EventsOnly(TargetAttention(replace(history, pools=0), device=inputs.device))}
+    if not config.encoder_layers:
+        return arm.build(inputs)
+    embedder = SumOfEmbedders(arm.embedders(inputs))
+    attention = inputs.attention()
+    return {"stream": EmbeddedChannel(embedder, attention, _encoder(config, inputs))}
 
 
-def _action_values(actions: Tensor, count: int) -> Tensor:
-    """Deviation of each action from the mean action that occurs, scaled to -1 .. 1.
+def _history(config: RankingConfig, sizes: LogSizes) -> HistoryConfig | None:
+    if not config.history_length:
+        return None
+    return HistoryConfig(
+        dim=config.dim,
+        heads=config.heads,
+        actions=sizes.actions,
+        ages=sizes.ages,
+        pools=config.pools,
+        max_length=config.history_length,
+        recent=config.recent,
+    )
 
-    Actions are numbers on a scale (a rating, 0 and 1 for a view and a click). Where all events have the
-    same one, each speaks for its item.
-    """
-    scale = torch.arange(count, dtype=torch.float32)
-    if not len(actions) or bool((actions == actions[0]).all()):
-        return torch.ones(count)
-    deviation = scale - actions.float().mean()
-    seen = torch.bincount(actions, minlength=count) > 0
-    return (deviation / deviation[seen].abs().max()).clamp(-1, 1)
+
+def _encoder(config: RankingConfig, inputs: ChannelInputs) -> HistoryEncoder | None:
+    if inputs.history is None:
+        return None
+    encoder = EncoderConfig(
+        dim=config.dim,
+        layers=config.encoder_layers,
+        heads=config.heads,
+        feedforward=config.encoder_feedforward,
+        actions=inputs.history.actions,
+        ages=inputs.history.ages,
+        max_length=config.history_length,
+    )
+    return HistoryEncoder(encoder, device=inputs.device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,18 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 
 from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
 from torchrec_sid.errors import SidError
+from torchrec_sid.models.attend import EmbeddedChannel, ItemChannel, SideChannel, side_features
 from torchrec_sid.models.content import (
     ContentEmbeddingBagCollection,
     ContentEmbeddingCollection,
     ContentTower,
 )
-from torchrec_sid.models.embedder import ItemEmbedder
-from torchrec_sid.side.basis import FrozenBasis
+from torchrec_sid.models.embedder import Embedder, ItemEmbedder, SideEmbedder
+from torchrec_sid.models.stores import ContentStore, IdStore, ItemStore, SideStore, SidStore
+from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
+from torchrec_sid.plugins import Registry
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.configs import SidEmbeddingBagConfig, SidEmbeddingConfig
-from torchrec_sid.tables.pieces import SidPieces
 from torchrec_sid.tables.schemes import (
     HashedId,
     HashedPrefix,
@@ -31,16 +33,12 @@ from torchrec_sid.tables.schemes import (
     SentencePiece,
 )
 
-RAW_ID_BYTES = 8
-"""A raw id travels and rests as one int64."""
-
-Storage = Literal["id", "sid", "side", "content"]
-"""What a history event holds for a channel."""
+S = TypeVar("S", bound=ItemStore)
 
 
 @dataclass(frozen=True)
-class ItemInputs:
-    """What a channel may build on."""
+class ChannelInputs:
+    """What a channel is built on."""
 
     items: int
     """N, number of items; indices are 0 .. N - 1."""
@@ -48,75 +46,71 @@ class ItemInputs:
     """D, width of every item vector."""
     table_rows: int
     """Rows of each hashed table, the same for every channel that hashes."""
-    spec: SidSpec | None = None
-    """Shape of the SIDs of the tables, where there is a catalog."""
-    pieces: SidPieces | None = None
-    """SentencePiece vocabulary over those SIDs."""
-    basis: FrozenBasis | None = None
-    """Decoder of the SIDs of the channel ``side``, which have their own catalog."""
-    content: Tensor | None = None
-    """``[N, d]`` content embeddings."""
-    history: bool = True
-    """Whether the model reads histories."""
+    history: HistoryConfig | None
+    """How histories are summarised; None: the model reads none."""
+    action_values: Tensor
+    """``[actions]`` how much an action speaks for an item, within -1 .. 1."""
+    stores: Mapping[str, ItemStore]
+    """By their kind."""
     init_scale: float = 0.05
     """Table rows start uniform in +- this."""
     device: torch.device | None = None
     """Where the modules are built."""
 
-    def require_spec(self) -> SidSpec:
-        """The spec, or SidError where no catalog was given."""
-        if self.spec is None:
-            raise SidError("arm", "no catalog", "Pass the SidCatalog that maps items to SIDs.")
-        return self.spec
+    def store(self, kind: type[S]) -> S:
+        """The store of a class.
 
-    def require_pieces(self) -> SidPieces:
-        """The vocabulary, or SidError where none was given."""
-        if self.pieces is None:
-            raise SidError("arm 'sentencepiece'", "no pieces", "Train them: apps.quantize --pieces.")
-        return self.pieces
-
-    def require_basis(self) -> FrozenBasis:
-        """The basis, or SidError where none was given."""
-        if self.basis is None:
-            raise SidError(
-                "arm 'side'", "no basis", "Pass the quantizer and the catalog of the SIDs of SIDE."
-            )
-        return self.basis
-
-    def require_content(self) -> Tensor:
-        """The embeddings, or SidError where none were given."""
-        if self.content is None:
-            raise SidError("arm 'dense'", "no content embeddings", "Pass them as ItemInputs.content.")
-        return self.content
+        Raises:
+            SidError: it was not opened.
+        """
+        store = self.stores.get(kind.kind)
+        if not isinstance(store, kind):
+            raise SidError("arm", f"no store {kind.kind!r}", f"Pass {kind.needs}.")
+        return store
 
     def initialise(self, weight: Tensor) -> Tensor:
         """Uniform start of a table."""
         return nn.init.uniform_(weight, -self.init_scale, self.init_scale)
 
+    def attention(self) -> TargetAttention | None:
+        """Target attention over the embedded events of a history."""
+        return None if self.history is None else TargetAttention(self.history, device=self.device)
+
 
 @dataclass(frozen=True)
 class Channel:
-    """One way in which an item reaches a ranker."""
+    """One way in which an item reaches a ranker.
+
+    Another one is added by :func:`register_channel`, here or in a plugin.
+    """
 
     name: str
     """Name in arms and reports."""
-    stores: Storage
+    store: type[ItemStore]
     """What an event holds for it."""
+    requires: tuple[str, ...]
+    """Options of a training whose artefacts its store opens."""
     fields: tuple[str, str]
     """Batch fields of the candidate and of the history."""
-    embed: Callable[[ItemInputs], ItemEmbedder] | None
-    """Makes the embedder; None for ``side``, which attends in code space without embedding events."""
+    embed: Callable[[ChannelInputs], Embedder]
+    """Makes a vector of the candidate and one of each event."""
+    attend: Callable[[ChannelInputs], ItemChannel] | None = None
+    """Makes a channel that summarises the history without embedding its events; None: target attention over
+    embedded events."""
 
-    def bytes_per_event(self, inputs: ItemInputs) -> int:
-        """Bytes that the item of one history event costs at rest."""
-        if self.stores == "id":
-            return RAW_ID_BYTES
-        if self.stores == "content":
-            return 2 * inputs.require_content().shape[1]
-        return inputs.require_spec().nbytes if self.stores == "sid" else inputs.require_basis().spec.nbytes
+    def build(self, inputs: ChannelInputs, embedder: Embedder | None = None) -> ItemChannel:
+        """The channel as a module.
+
+        Args:
+            inputs: sizes and stores.
+            embedder: made before by :attr:`embed`; None: make one.
+        """
+        if self.attend is not None:
+            return self.attend(inputs)
+        return EmbeddedChannel(embedder or self.embed(inputs), inputs.attention())
 
 
-def _full_id(inputs: ItemInputs) -> ItemEmbedder:
+def _full_id(inputs: ChannelInputs) -> ItemEmbedder:
     common: dict[str, Any] = {
         "num_embeddings": inputs.items,
         "embedding_dim": inputs.dim,
@@ -131,43 +125,45 @@ def _full_id(inputs: ItemInputs) -> ItemEmbedder:
             tables=[EmbeddingConfig(name="t_history_id", feature_names=["history"], **common)],
             device=inputs.device,
         )
-        if inputs.history
+        if inputs.history is not None
         else None,
         "history",
     )
 
 
-def _dense(inputs: ItemInputs) -> ItemEmbedder:
-    content = inputs.require_content()
+def _dense(inputs: ChannelInputs) -> ItemEmbedder:
+    content = inputs.store(ContentStore).content
 
     def tower() -> ContentTower:
         return ContentTower(content, inputs.dim, device=inputs.device)
 
     return ItemEmbedder(
         ContentEmbeddingBagCollection("item", tower()),
-        ContentEmbeddingCollection("history", tower()) if inputs.history else None,
+        ContentEmbeddingCollection("history", tower()) if inputs.history is not None else None,
         "history",
     )
 
 
-def _random_hash(inputs: ItemInputs) -> ItemEmbedder:
+def _random_hash(inputs: ChannelInputs) -> ItemEmbedder:
     # An item index is a SID of one level.
     spec = SidSpec((inputs.items,))
     scheme = HashedId(num_embeddings=inputs.table_rows)
     return _sid_tables(scheme, spec, ("item", "history"), inputs, "hash")
 
 
-def _over_sids(make: Callable[[SidSpec, ItemInputs], Scheme]) -> Callable[[ItemInputs], ItemEmbedder]:
-    def embed(inputs: ItemInputs) -> ItemEmbedder:
-        spec = inputs.require_spec()
-        scheme = make(spec, inputs)
-        return _sid_tables(scheme, spec, ("item_sid", "history_sid"), inputs, scheme.label)
+def _over_sids(
+    make: Callable[[SidStore, ChannelInputs], Scheme],
+) -> Callable[[ChannelInputs], ItemEmbedder]:
+    def embed(inputs: ChannelInputs) -> ItemEmbedder:
+        store = inputs.store(SidStore)
+        scheme = make(store, inputs)
+        return _sid_tables(scheme, store.spec, ("item_sid", "history_sid"), inputs, scheme.label)
 
     return embed
 
 
 def _sid_tables(
-    scheme: Scheme, spec: SidSpec, fields: tuple[str, str], inputs: ItemInputs, label: str
+    scheme: Scheme, spec: SidSpec, fields: tuple[str, str], inputs: ChannelInputs, label: str
 ) -> ItemEmbedder:
     item, history = fields
     common: dict[str, Any] = {
@@ -180,9 +176,42 @@ def _sid_tables(
     sequence = SidEmbeddingConfig(name=f"t_history_{label}", feature_names=[history], **common)
     return ItemEmbedder(
         SidEmbeddingBagCollection(tables=[bag], device=inputs.device),
-        SidEmbeddingCollection(tables=[sequence], device=inputs.device) if inputs.history else None,
+        SidEmbeddingCollection(tables=[sequence], device=inputs.device)
+        if inputs.history is not None
+        else None,
         history,
     )
+
+
+def _side(inputs: ChannelInputs) -> SideChannel:
+    store = inputs.store(SideStore)
+    return SideChannel(
+        store.basis,
+        inputs.dim,
+        inputs.history,
+        inputs.action_values,
+        item_bytes=store.values.get("bytes"),
+        device=inputs.device,
+    )
+
+
+def _embedded_side(inputs: ChannelInputs) -> SideEmbedder:
+    store = inputs.store(SideStore)
+    features = side_features(store.basis, store.values.get("bytes"), inputs.device)
+    return SideEmbedder(features, nn.Linear(features.dim, inputs.dim, device=inputs.device))
+
+
+CHANNELS: Registry[Channel] = Registry("channel")
+"""Channel name -> channel."""
+
+
+def register_channel(channel: Channel) -> Channel:
+    """Add a channel to :data:`CHANNELS`, so that arms can name it.
+
+    Raises:
+        SidError: the name is taken.
+    """
+    return CHANNELS.add(channel.name, channel)
 
 
 _BY_ID, _BY_SID, _BY_BYTES = (
@@ -190,36 +219,29 @@ _BY_ID, _BY_SID, _BY_BYTES = (
     ("item_sid", "history_sid"),
     ("item_bytes", "history_bytes"),
 )
+_CATALOG = ("catalog",)
 
-CHANNELS: dict[str, Channel] = {
-    channel.name: channel
-    for channel in (
-        Channel("full_id", "id", _BY_ID, _full_id),
-        Channel("random_hash", "id", _BY_ID, _random_hash),
-        Channel("dense", "content", _BY_ID, _dense),
-        Channel(
-            "hashed_prefix",
-            "sid",
-            _BY_SID,
-            _over_sids(lambda spec, inputs: HashedPrefix(spec.levels, inputs.table_rows)),
-        ),
-        Channel("per_level", "sid", _BY_SID, _over_sids(lambda spec, inputs: PerLevel())),
-        Channel(
-            "bigram",
-            "sid",
-            _BY_SID,
-            _over_sids(lambda spec, inputs: NGramGroups(2, num_embeddings=inputs.table_rows)),
-        ),
-        Channel(
-            "sentencepiece",
-            "sid",
-            _BY_SID,
-            _over_sids(lambda spec, inputs: SentencePiece(inputs.require_pieces())),
-        ),
-        Channel("side", "side", _BY_BYTES, None),
+register_channel(Channel("full_id", IdStore, (), _BY_ID, _full_id))
+register_channel(Channel("random_hash", IdStore, (), _BY_ID, _random_hash))
+register_channel(Channel("dense", ContentStore, (), _BY_ID, _dense))
+for _name, _scheme in (
+    ("hashed_prefix", lambda store, inputs: HashedPrefix(store.spec.levels, inputs.table_rows)),
+    ("per_level", lambda store, inputs: PerLevel()),
+    ("bigram", lambda store, inputs: NGramGroups(2, num_embeddings=inputs.table_rows)),
+):
+    register_channel(Channel(_name, SidStore, _CATALOG, _BY_SID, _over_sids(_scheme)))
+register_channel(
+    Channel(
+        "sentencepiece",
+        SidStore,
+        ("catalog", "pieces"),
+        _BY_SID,
+        _over_sids(lambda store, inputs: SentencePiece(store.require_pieces())),
     )
-}
-"""Channel name -> channel."""
+)
+register_channel(
+    Channel("side", SideStore, ("side_catalog", "side_quantizer"), _BY_BYTES, _embedded_side, _side)
+)
 
 
 @dataclass(frozen=True)
@@ -237,31 +259,25 @@ class Arm:
         return tuple(dict.fromkeys(name for channel in self.channels for name in channel.fields))
 
     @property
-    def needs_catalog(self) -> bool:
-        """Whether it reads SIDs through tables."""
-        return self._stores("sid")
+    def stores(self) -> tuple[type[ItemStore], ...]:
+        """What an event holds for it, each once."""
+        return tuple(dict.fromkeys(channel.store for channel in self.channels))
 
     @property
-    def needs_side(self) -> bool:
-        """Whether it computes with the codes of a second catalog."""
-        return self._stores("side")
+    def requires(self) -> tuple[str, ...]:
+        """Options of a training that it needs, each once."""
+        return tuple(dict.fromkeys(name for channel in self.channels for name in channel.requires))
 
-    @property
-    def needs_content(self) -> bool:
-        """Whether it reads content embeddings."""
-        return self._stores("content")
+    def build(self, inputs: ChannelInputs) -> dict[str, ItemChannel]:
+        """Its channels as modules by name, those that attend without embedding events first."""
+        embedders = {c.name: c.embed(inputs) for c in self.channels if c.attend is None}
+        ordered = sorted(self.channels, key=lambda channel: channel.attend is None)
+        return {c.name: c.build(inputs, embedders.get(c.name)) for c in ordered}
 
-    @property
-    def needs_pieces(self) -> bool:
-        """Whether it needs a SentencePiece vocabulary."""
-        return any(channel.name == "sentencepiece" for channel in self.channels)
-
-    def bytes_per_event(self, inputs: ItemInputs) -> int:
-        """Bytes of one history event at rest; what two channels share counts once."""
-        return sum({c.stores: c.bytes_per_event(inputs) for c in self.channels}.values())
-
-    def _stores(self, kind: Storage) -> bool:
-        return any(channel.stores == kind for channel in self.channels)
+    def embedders(self, inputs: ChannelInputs) -> list[Embedder]:
+        """Every channel as vectors of events, for a model in which all share one stream."""
+        ordered = sorted(self.channels, key=lambda channel: channel.attend is not None)
+        return [channel.embed(inputs) for channel in ordered]
 
 
 ARMS = ("none", "random_hash", "full_id", "dense", "hashed_prefix", "full_id+side")

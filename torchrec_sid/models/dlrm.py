@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,25 @@ from torchrec import KeyedJaggedTensor
 from torchrec.models.dlrm import DenseArch, OverArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from torchrec_sid.data.batch import RankingBatch
 from torchrec_sid.devices import buffer_device
 from torchrec_sid.models.attend import ItemChannel
+
+
+class ExampleBatch(Protocol):
+    """What a model is trained on; :class:`torchrec_sid.data.batch.RankingBatch` is one."""
+
+    dense: Tensor
+    """``[B, F]`` float32."""
+    features: KeyedJaggedTensor
+    """Sparse features."""
+    rows: dict[str, Tensor]
+    """Further inputs by name: a row per example, or per event of the history."""
+    labels: Tensor
+    """``[B]`` float32, 0 or 1; ``[B, T]`` for T > 1 tasks."""
+    weights: Tensor
+    """``[B]`` float32, 0 for padding."""
+    segment: Tensor
+    """``[B]`` int64, what metrics are sliced by."""
 
 
 class RankingOutput(NamedTuple):
@@ -39,7 +55,7 @@ def by_task(values: Tensor) -> tuple[Tensor, ...]:
 class HistoryDLRM(nn.Module):
     """Dense features, a candidate item and a history of items, through any channels -> logits.
 
-    A channel is a module ``(features, item_bytes, history_bytes) -> ChannelOutput``, see
+    A channel is a module ``(features, rows) -> ChannelOutput``, see
     :mod:`torchrec_sid.models.attend`. ``forward`` is straight-line, so that TorchRec's pipelines can
     trace it.
 
@@ -91,21 +107,23 @@ class HistoryDLRM(nn.Module):
         self,
         dense: Tensor,
         features: KeyedJaggedTensor,
-        item_bytes: Tensor | None = None,
-        history_bytes: Tensor | None = None,
+        rows: Mapping[str, Tensor] | None = None,
+        **named: Tensor,
     ) -> Tensor:
         """Rank.
 
         Args:
             dense: ``[B, F]`` float32.
             features: the sparse features that the channels read, and ``history_action``, ``history_age``.
-            item_bytes: ``[B, nbytes]`` uint8, for channels that compute with codes.
-            history_bytes: ``[events, nbytes]`` uint8, likewise.
+            rows: what channels read beside them, by field: ``item_NAME`` has a row per example,
+                ``history_NAME`` one per event.
+            named: the same, each as an argument, as programs for serving call it.
 
         Returns:
             Logits, ``[B]`` for one task and ``[B, T]`` for more.
         """
-        outputs = [channel(features, item_bytes, history_bytes) for channel in self.channels.values()]
+        rows = named if rows is None else rows
+        outputs = [channel(features, rows) for channel in self.channels.values()]
         dense = dense if self.standardise is None else self.standardise(dense)
         numbers = [output.numbers for output in outputs if output.numbers is not None]
         dense_vector = self.dense(torch.cat([dense, *numbers], dim=1))
@@ -188,7 +206,7 @@ class CrossInteraction(nn.Module):
 
 
 class HistoryDLRMTrain(nn.Module):
-    """Adds the loss: RankingBatch -> (mean cross-entropy over rows of weight 1, RankingOutput).
+    """Adds the loss: :class:`ExampleBatch` -> (mean cross-entropy over rows of weight 1, RankingOutput).
 
     Several tasks weigh the same.
     """
@@ -197,9 +215,9 @@ class HistoryDLRMTrain(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: RankingBatch) -> tuple[Tensor, RankingOutput]:
+    def forward(self, batch: ExampleBatch) -> tuple[Tensor, RankingOutput]:
         """Loss (scalar) and what metrics need, as TorchRec's pipelines expect them."""
-        logits = self.model(batch.dense, batch.features, batch.item_bytes, batch.history_bytes)
+        logits = self.model(batch.dense, batch.features, batch.rows)
         several = len(self.model.tasks) > 1
         weights = batch.weights.unsqueeze(1).expand_as(logits) if several else batch.weights
         loss = torch.nn.functional.binary_cross_entropy_with_logits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from torchrec_sid.side.features import SideFeatures
 class Embedder(nn.Module):
     """What turns a candidate and the events of its history into vectors."""
 
-    def target(self, features: KeyedJaggedTensor, item_bytes: Tensor | None) -> Tensor:
+    def target(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> Tensor:
         """The candidate, ``[B, D]``."""
         raise NotImplementedError
 
-    def events(self, features: KeyedJaggedTensor, history_bytes: Tensor | None) -> Tensor:
+    def events(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> Tensor:
         """All events, one user's after the other, ``[events, D]``."""
         raise NotImplementedError
 
@@ -38,11 +38,11 @@ class ItemEmbedder(Embedder):
         self.history = history
         self.history_feature = history_feature
 
-    def target(self, features: KeyedJaggedTensor, item_bytes: Tensor | None) -> Tensor:
+    def target(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> Tensor:
         """The candidate, ``[B, D]``."""
         return self.candidate(features).values()
 
-    def events(self, features: KeyedJaggedTensor, history_bytes: Tensor | None) -> Tensor:
+    def events(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> Tensor:
         """All events, one user's after the other, ``[events, D]``."""
         assert self.history is not None
         embedded: JaggedTensor = self.history(features)[self.history_feature]
@@ -62,18 +62,18 @@ class SideEmbedder(Embedder):
         self.features = features
         self.projection = projection
 
-    def forward(self, sids: Tensor | None) -> Tensor:
+    def forward(self, sids: Tensor) -> Tensor:
         """Packed SIDs ``[n, nbytes]`` uint8 -> ``[n, D]``."""
         return self.projection(self.features(sids))
 
     # Through forward: TorchRec's tracer takes this module for a leaf, and would look into its parts.
-    def target(self, features: KeyedJaggedTensor, item_bytes: Tensor | None) -> Tensor:
+    def target(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> Tensor:
         """The candidate, ``[B, D]``."""
-        return self(item_bytes)
+        return self(rows["item_bytes"])
 
-    def events(self, features: KeyedJaggedTensor, history_bytes: Tensor | None) -> Tensor:
+    def events(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> Tensor:
         """All events, ``[events, D]``."""
-        return self(history_bytes)
+        return self(rows["history_bytes"])
 
 
 class SumOfEmbedders(Embedder):
@@ -87,14 +87,14 @@ class SumOfEmbedders(Embedder):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def target(self, features: KeyedJaggedTensor, item_bytes: Tensor | None) -> Tensor:
+    def target(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> Tensor:
         """The candidate, ``[B, D]``."""
-        vectors = [part.target(features, item_bytes) for part in self._parts()]
+        vectors = [part.target(features, rows) for part in self._parts()]
         return sum(vectors[1:], vectors[0])
 
-    def events(self, features: KeyedJaggedTensor, history_bytes: Tensor | None) -> Tensor:
+    def events(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> Tensor:
         """All events, ``[events, D]``."""
-        vectors = [part.events(features, history_bytes) for part in self._parts()]
+        vectors = [part.events(features, rows) for part in self._parts()]
         return sum(vectors[1:], vectors[0])
 
     def _parts(self) -> list[Embedder]:

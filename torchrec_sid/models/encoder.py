@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
-from torchrec_sid.data.batch import HISTORY_AGES
 from torchrec_sid.errors import SidError
+from torchrec_sid.models.target_attention import AGES
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,21 @@ class EncoderConfig:
     """Hidden width of each layer's MLP."""
     actions: int = 8
     """Number of distinct actions an event may carry."""
+    ages: int = AGES
+    """Number of log2-seconds buckets of an event's age."""
     max_length: int = 64
     """Events per user that the batch holds at most."""
 
     def __post_init__(self) -> None:
-        sizes = (self.dim, self.layers, self.heads, self.feedforward, self.actions, self.max_length)
+        sizes = (
+            self.dim,
+            self.layers,
+            self.heads,
+            self.feedforward,
+            self.actions,
+            self.ages,
+            self.max_length,
+        )
         if min(sizes) < 1 or self.dim % self.heads:
             raise SidError("EncoderConfig", f"{self}", "Sizes are positive, and heads divide dim.")
 
@@ -83,7 +93,7 @@ class HistoryEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.action = nn.Embedding(config.actions, config.dim, device=device)
-        self.age = nn.Embedding(HISTORY_AGES, config.dim, device=device)
+        self.age = nn.Embedding(config.ages, config.dim, device=device)
         self.position = nn.Embedding(config.max_length, config.dim, device=device)
         for table in (self.action, self.age, self.position):
             nn.init.normal_(table.weight, std=0.05)

@@ -56,7 +56,8 @@ class CheckpointManager:
         identity: what the state depends on, name -> fingerprint, e.g. ``{"catalog": catalog.fingerprint}``.
             Saved with each checkpoint; :meth:`load` refuses a checkpoint with another value.
         accepts: name in ``identity`` -> whether a checkpoint with that other value may be loaded all the
-            same, e.g. ``{"catalog": catalog.extends}``: one that was only appended to.
+            same, e.g. ``{"catalog": catalog.extends}``: one that was only appended to. It is asked with
+            an empty text about a checkpoint that does not state the name.
 
     Raises:
         SidError: ``keep`` below 1, or the directory cannot be created or written.
@@ -292,9 +293,10 @@ class CheckpointManager:
     def _check_identity(self, info: CheckpointInfo) -> None:
         for name, value in self.identity.items():
             saved = info.identity.get(name)
-            if saved is not None and saved != value and name in self.accepts and self.accepts[name](saved):
+            if saved != value and name in self.accepts and self.accepts[name](saved or ""):
                 logger.info(
-                    "%s was trained with %s %s, which %s continues", info.path, name, saved[:12], value[:12]
+                    "%s was trained with %s %s, which %s continues",
+                    *(info.path, name, (saved or "not stated")[:12], value[:12]),
                 )
             elif saved != value:
                 found = f"{name} {saved[:12]}" if saved else f"no {name}"

@@ -6,13 +6,18 @@ every rank learns of the failure, and all raise the same error, with the rank an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.parallel.allocator import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -51,6 +56,13 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls(None, 0, 1)
         return cls(dist.new_group(backend="gloo"), dist.get_rank(), dist.get_world_size())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, on every rank; of one shape and dtype on each."""
+        total = values.detach().to("cpu", copy=True)
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total.to(values.device)
 
     def all(
         self, action: Callable[[], T], *, where: str, remedy: str = "See the log of that rank."
@@ -94,6 +106,30 @@ class Ranks:
         if isinstance(box[0], _Failure):
             raise _to_error(box[0])
         return cast(T, box[0])
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the processes that torch.distributed.run describes, or make a group of this process alone.
+
+    Yields the device of this process: a GPU where there is one. Processes leave together, unless one of
+    them fails.
+    """
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+    try:
+        yield device
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def _describe(error: Exception, where: str, remedy: str, rank: int | None) -> _Failure:

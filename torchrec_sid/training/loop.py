@@ -21,6 +21,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SLICES, SlicedMetrics, SliceMetrics
 from torchrec_sid.models.dlrm import RankingOutput, by_task
 from torchrec_sid.parallel.checkpoint import CheckpointManager
+from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
 from torchrec_sid.training.progress_line import TrainingProgress
 
@@ -69,6 +70,7 @@ class TrainingLoop:
         model: ``DistributedModelParallel`` around a module that returns ``(loss, RankingOutput)``.
         optimizer: the ``CombinedOptimizer`` of fused table and dense optimizers.
         device: where the model lives.
+        ranks: the processes that train together; None: those of the default process group.
         checkpoints: where to save and from where to resume; None: neither.
         checkpoint_every: steps between two checkpoints; 0: only at the end of training.
         metadata: saved with every checkpoint, JSON-serialisable.
@@ -81,6 +83,7 @@ class TrainingLoop:
         optimizer: KeyedOptimizer,
         device: torch.device,
         *,
+        ranks: Ranks | None = None,
         checkpoints: CheckpointManager | None = None,
         checkpoint_every: int = 0,
         metadata: Mapping[str, Any] | None = None,
@@ -89,6 +92,7 @@ class TrainingLoop:
         self.model = model
         self.optimizer = optimizer
         self.device = device
+        self.ranks = ranks or Ranks.open()
         self.checkpoints = checkpoints
         self.checkpoint_every = checkpoint_every
         self.metadata = dict(metadata or {})
@@ -143,7 +147,7 @@ class TrainingLoop:
         first, started, examples, waits = self.position.step, time.perf_counter(), 0, _Waits()
         while self.position.epoch < epochs:
             batches = open_epoch(self.position.epoch, self.position.batch)
-            counts = self._counts(len(batches))
+            counts = self._counts(batches)
             limit = min(counts)
             if limit < max(counts):
                 logger.warning(
@@ -162,7 +166,7 @@ class TrainingLoop:
                     on_step(step, output)
                 if progress is not None and progress.due:
                     # Every rank trains on as many examples.
-                    rate = examples * _world_size() / (time.perf_counter() - started)
+                    rate = examples * self.ranks.size / (time.perf_counter() - started)
                     progress.show(step, rate, float(output.loss))
                 if self.checkpoint_every and step % self.checkpoint_every == 0:
                     self.save()
@@ -190,7 +194,6 @@ class TrainingLoop:
         self,
         batches: Batches,
         batch_size: int,
-        world_size: int,
         on_batch: Callable[[RankingOutput], None] | None = None,
         tasks: Sequence[str] = (),
     ) -> dict[str, SliceMetrics]:
@@ -199,24 +202,22 @@ class TrainingLoop:
         Args:
             batches: this rank's part of the evaluation.
             batch_size: rows per rank and batch.
-            world_size: number of ranks.
             on_batch: called with what the model says of each batch.
             tasks: names of the model's heads after the first.
 
         Raises:
             SidError: a rank has fewer batches than another, on every rank: some rows would not count.
         """
-        counts = self._counts(len(batches))
+        counts = self._counts(batches)
         if min(counts) < max(counts):
             raise SidError(
                 "batches of the evaluation",
                 f"{counts} by rank",
                 "Pad with rows of weight 0, as BatchReader does.",
             )
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        rows = len(batches) * batch_size * world_size
+        rows = len(batches) * batch_size * self.ranks.size
         slices: list[Mapping[str, tuple[str, ...]]] = [SLICES, *({name: SEGMENTS} for name in tasks)]
-        heads = [SlicedMetrics(rows, batch_size, rank, world_size, s, self.device) for s in slices]
+        heads = [SlicedMetrics(rows, batch_size, self.ranks, s, device=self.device) for s in slices]
         self.model.eval()
         with torch.no_grad():
             for output in self._progress(batches):
@@ -237,14 +238,9 @@ class TrainingLoop:
         """What a checkpoint says of the training: the last loss of rank 0."""
         return {} if self._loss is None else {"loss": float(self._loss)}
 
-    def _counts(self, mine: int) -> list[int]:
-        """One number of every rank; a collective call."""
-        if not torch.distributed.is_initialized():
-            return [mine]
-        own = torch.tensor([mine], device=self.device)
-        all_ranks = [torch.empty_like(own) for _ in range(_world_size())]
-        torch.distributed.all_gather(all_ranks, own)
-        return [int(count) for count in all_ranks]
+    def _counts(self, batches: Batches) -> list[int]:
+        """Batches of every rank; a collective call."""
+        return self.ranks.all(lambda: len(batches), where="batches")
 
     def _advance(self) -> None:
         at = self.position
@@ -279,7 +275,3 @@ class _Waits:
             finally:
                 self.seconds += time.perf_counter() - started
             yield item
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

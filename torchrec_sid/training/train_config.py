@@ -29,6 +29,8 @@ class TrainConfig:
     """SidCatalog whose codes the channel side computes with."""
     side_quantizer: str | None = None
     """The quantizer that made it; its decoder must be a sum over levels."""
+    artefacts: dict[str, str] = field(default_factory=dict)
+    """Paths of further artefacts by name, for channels of plugins that require them."""
     shuffle_sids: bool = False
     """Deal the SIDs out among the items at random: a control that keeps everything but their meaning."""
     hide_new: bool = False
@@ -71,3 +73,9 @@ class TrainConfig:
     """Write what each rank predicts for the evaluated split to OUTPUT/predictions-rank-R.safetensors."""
     profile: int = 0
     """Steps to profile; writes traces and their parts to OUTPUT/profile."""
+
+    @property
+    def options(self) -> dict[str, str | None]:
+        """Paths of artefacts by the name under which a channel requires them."""
+        own = ("catalog", "pieces", "side_catalog", "side_quantizer")
+        return {**{name: getattr(self, name) for name in own}, **self.artefacts}

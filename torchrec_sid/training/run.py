@@ -1,0 +1,303 @@
+"""A run, stage by stage: open the log, open what its items are, build, shard, and a loop that is ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrec_sid.artifact import save_artifact
+from torchrec_sid.data.batch import BatchConfig
+from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.reader import BatchReader
+from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.data.statistics import mean_history, measure_log
+from torchrec_sid.errors import SidError
+from torchrec_sid.metrics import SliceMetrics
+from torchrec_sid.models.build import LogSizes, Ranking, build_ranking
+from torchrec_sid.models.channels import arm_named
+from torchrec_sid.models.dlrm import RankingOutput
+from torchrec_sid.models.stores import ItemSource, ItemStore
+from torchrec_sid.parallel.checkpoint import CheckpointManager
+from torchrec_sid.parallel.constraints import model_pooling_factors
+from torchrec_sid.parallel.embedding_tables import find_tables
+from torchrec_sid.parallel.plan_file import load_plan, plan_to_json
+from torchrec_sid.parallel.planner_config import PlannerConfig
+from torchrec_sid.parallel.planner_file import load_planner_config
+from torchrec_sid.parallel.ranks import Ranks
+from torchrec_sid.parallel.sharding import ShardedModel, shard_model
+from torchrec_sid.seeding import derived_generator
+from torchrec_sid.training.loop import TrainingLoop
+from torchrec_sid.training.schedule import LinearDecay
+from torchrec_sid.training.train_config import TrainConfig
+
+PREDICTIONS = "predictions"
+"""Kind of the artefact that holds ``predictions`` ``[rows]`` float32, in the order of the split."""
+
+
+# Stage 1: the log.
+
+
+def open_log(config: TrainConfig, ranks: Ranks) -> PreparedLog:
+    """Prepare the log where it is not up to date, on rank 0, and open it."""
+    out = Path(config.prepared or Path(config.output) / "prepared")
+    ranks.first(lambda: prepare(config.data, out, PrepareConfig()).fingerprint, where=config.data)
+    return PreparedLog.open(out)
+
+
+# Stage 2: what its items are.
+
+
+def open_stores(config: TrainConfig, log: PreparedLog) -> tuple[ItemStore, ...]:
+    """Open what the arm of a run reads of the log's items, with the controls of the configuration.
+
+    Raises:
+        SidError: an option that the arm needs is missing, or artefacts do not belong together.
+    """
+    arm = arm_named(config.model.arm)
+    source = ItemSource(
+        arm.name,
+        arm.requires,
+        torch.from_numpy(np.array(log.item_ids)),
+        config.options,
+        lambda: _content(config),
+    )
+    stores: Iterable[ItemStore] = (kind.open(source) for kind in arm.stores)
+    if config.shuffle_sids:
+        drawn = derived_generator(config.seed, "shuffled SIDs")
+        order = torch.randperm(log.items, generator=drawn)
+        stores = [_with_values(store, {n: v[order] for n, v in store.values.items()}) for store in stores]
+    if config.hide_new:
+        new = torch.from_numpy(np.array(log.item_train_events) == 0)
+        stores = [_hide(store, new) for store in stores]
+    return tuple(stores)
+
+
+def _content(config: TrainConfig) -> Tensor:
+    folder = LogFolder.open(config.data)
+    names = config.source.split("+") if config.source else [None]
+    return torch.from_numpy(np.concatenate([folder.embedding_matrix(name) for name in names], 1))
+
+
+def _hide(store: ItemStore, new: Tensor) -> ItemStore:
+    hidden = {}
+    for name, unknown in store.unknown().items():
+        hidden[name] = store.values[name].clone()
+        hidden[name][new] = unknown
+    return _with_values(store, {**store.values, **hidden})
+
+
+def _with_values(store: ItemStore, values: dict[str, Tensor]) -> ItemStore:
+    return replace(store, values=values)
+
+
+def run_identity(config: TrainConfig, log: PreparedLog, stores: Iterable[ItemStore]) -> dict[str, str]:
+    """Fingerprints of everything that the weights of a run depend on, beside its configuration."""
+    identity = {"log": log.fingerprint, "seed": str(config.seed)}
+    for store in stores:
+        identity |= store.identity
+    if config.shuffle_sids:
+        identity["SIDs"] = "shuffled"
+    return identity
+
+
+# Stage 3: the model.
+
+
+def log_sizes(log: PreparedLog) -> LogSizes:
+    """What a model needs to know of a log, measured on its training rows."""
+    measured = measure_log(log)
+    return LogSizes(log.items, log.actions, log.dense_names, measured.action_values, measured.dense)
+
+
+def build_run(
+    config: TrainConfig,
+    log: PreparedLog,
+    stores: Iterable[ItemStore],
+    device: torch.device | None = None,
+) -> Ranking:
+    """The unsharded model of a run, its dense weights drawn from the run's seed."""
+    torch.manual_seed(config.seed)
+    return build_ranking(config.model, log_sizes(log), stores, device=device)
+
+
+# Stage 4: over processes.
+
+
+def shard_run(
+    config: TrainConfig, log: PreparedLog, ranking: Ranking, ranks: Ranks, device: torch.device
+) -> ShardedModel:
+    """Plan and shard; the model is changed in place."""
+    planner = load_planner_config(config.planner) if config.planner else PlannerConfig()
+    history = mean_history(log, config.model.history_length)
+    return shard_model(
+        ranking.module,
+        load_plan(config.plan) if config.plan else planner,
+        device=device,
+        table_optimizer=config.tables,
+        seed=config.seed,
+        batch_size=config.batch_size // ranks.size,
+        feature_lengths=dict.fromkeys(("history", "history_sid"), history),
+        replicas=config.replicas,
+    )
+
+
+# Stage 5: the loop, and all of it.
+
+
+class RunSizes(NamedTuple):
+    """What a model costs, counted before it is sharded."""
+
+    trained_parameters: int
+    """Elements of all parameters, tables included."""
+    lookups_per_item: float
+    """Mean rows that one item reads from tables."""
+
+    @classmethod
+    def of(cls, ranking: Ranking) -> RunSizes:
+        """Count an unsharded model."""
+        pooled = {name for name, table in find_tables(ranking.module).items() if table.pooled}
+        factors = model_pooling_factors(ranking.module)
+        parameters = sum(parameter.numel() for parameter in ranking.module.parameters())
+        return cls(parameters, sum(sum(factors[name]) for name in pooled))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A sharded model, its data and its checkpoints. Every rank opens one."""
+
+    config: TrainConfig
+    ranks: Ranks
+    log: PreparedLog
+    ranking: Ranking
+    sharded: ShardedModel
+    loop: TrainingLoop
+    schedule: LinearDecay
+    """Of the dense learning rate."""
+    identity: dict[str, str]
+    """Fingerprints of what the weights depend on."""
+    sizes: RunSizes
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return _steps(self.config, self.log)
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of all embedding tables."""
+        return sum(table.rows for table in self.sharded.tables.values())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per step of this process."""
+        return self.config.batch_size // self.ranks.size
+
+    def read(self, split: str, epoch: int = 0, start_batch: int = 0) -> BatchReader:
+        """This rank's batches of a split."""
+        return BatchReader(
+            self.log,
+            split,
+            batch_config(self.ranking, self.batch_size, self.config.model.history_length),
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            epoch=epoch,
+            seed=self.config.seed,
+            start_batch=start_batch,
+            item_values=self.ranking.item_values,
+            workers=self.config.workers,
+        )
+
+    def evaluate(self, split: str) -> dict[str, SliceMetrics]:
+        """Metrics by slice of a split, the same on every rank; writes this rank's predictions if asked."""
+        parts: list[Tensor] = []
+
+        def keep(output: RankingOutput) -> None:
+            parts.append(torch.sigmoid(output.logits[output.weights > 0]).cpu())
+
+        on_batch = keep if self.config.predictions else None
+        slices = self.loop.evaluate(self.read(split), self.batch_size, on_batch, self.ranking.task_names)
+        if self.config.predictions:
+            save_artifact(
+                Path(self.config.output) / f"predictions-rank-{self.ranks.rank}.safetensors",
+                kind=PREDICTIONS,
+                version=1,
+                config={"split": split},
+                tensors={"predictions": torch.cat(parts)},
+            )
+        return slices
+
+    def close(self) -> None:
+        """Wait for checkpoints in flight."""
+        if self.loop.checkpoints is not None:
+            self.loop.checkpoints.close()
+
+
+def open_run(config: TrainConfig, device: torch.device) -> Run:
+    """All stages: from a configuration to a loop that is ready to run; a collective call.
+
+    Raises:
+        SidError: anything wrong with the configuration or its inputs.
+    """
+    ranks = Ranks.open()
+    if config.batch_size % ranks.size:
+        raise SidError(
+            "batch_size", f"{config.batch_size} over {ranks.size} processes", "Choose a multiple of them."
+        )
+    log = open_log(config, ranks)
+    stores = open_stores(config, log)
+    ranking = build_run(config, log, stores, device)
+    sizes = RunSizes.of(ranking)
+    sharded = shard_run(config, log, ranking, ranks, device)
+    identity = run_identity(config, log, stores)
+    dense: list[torch.optim.Optimizer] = []
+
+    def make_dense(parameters: Any) -> torch.optim.Optimizer:
+        dense.append(torch.optim.Adam(parameters, lr=config.dense_lr))
+        return dense[-1]
+
+    loop = TrainingLoop(
+        sharded.model,
+        sharded.make_optimizer(make_dense),
+        device,
+        ranks=ranks,
+        checkpoints=open_checkpoints(
+            Path(config.output), identity, stores, config.asynchronous_checkpoints
+        ),
+        checkpoint_every=config.checkpoint_every,
+        metadata={"config": asdict(config), "world_size": ranks.size, "plan": plan_to_json(sharded.plan)},
+        pipelined=config.pipelined,
+    )
+    schedule = LinearDecay(dense[0], _steps(config, log))
+    return Run(config, ranks, log, ranking, sharded, loop, schedule, identity, sizes)
+
+
+def open_checkpoints(
+    output: Path, identity: dict[str, str], stores: Iterable[ItemStore], asynchronous: bool = False
+) -> CheckpointManager:
+    """The checkpoints of a run directory; catalogs may have been appended to since."""
+    # Runs of earlier releases do not state their content.
+    accepts: dict[str, Callable[[str], bool]] = {"content": lambda saved: not saved}
+    accepts |= {name: catalog.extends for store in stores for name, catalog in store.catalogs.items()}
+    return CheckpointManager(
+        output / "checkpoints",
+        asynchronous=asynchronous,
+        identity=identity,
+        accepts=accepts,
+    )
+
+
+def batch_config(ranking: Ranking, batch_size: int, history_length: int) -> BatchConfig:
+    """How to read batches of ``batch_size`` rows per rank for a model."""
+    return BatchConfig(batch_size, max(1, history_length), ranking.fields, ranking.tasks)
+
+
+def _steps(config: TrainConfig, log: PreparedLog) -> int:
+    steps = config.epochs * (log.rows("train") // config.batch_size)
+    return min(steps, config.max_steps or steps)
