@@ -22,7 +22,7 @@ from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import ARMS, arm_named
 from torchrec_sid.quantizers import ResidualKMeansConfig, VqFusionConfig
-from torchrec_sid.tables.pieces import PieceTrainerConfig
+from torchrec_sid.tables import PieceTrainerConfig
 from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import command_line, parse_config, plain_errors

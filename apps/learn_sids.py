@@ -23,7 +23,7 @@ from torchrec_sid.quantizers import (
     make_quantizer,
 )
 from torchrec_sid.quantizers.sample import sample_impressed
-from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
+from torchrec_sid.tables import PieceTrainerConfig, train_pieces
 
 from .quantize_content import Content, fit_fusion
 from .quantize_report import plot_quality

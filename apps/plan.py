@@ -33,8 +33,7 @@ from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.planning import make_plan, resolve_topology
 from torchrec_sid.parallel.wire import wire_bytes
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.pieces import SidPieces
-from torchrec_sid.tables.tokenizer import SidTokenizer
+from torchrec_sid.tables import SidPieces, SidTokenizer
 
 from .cli import command_line, parse_config, plain_errors
 from .plan_arms import PlanInputs, build_arm, check_arm

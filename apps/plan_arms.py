@@ -14,7 +14,7 @@ from torchrec_sid.models.channels import CHANNELS, arm_named
 from torchrec_sid.models.stores import ContentStore, SideStore, SidStore
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces
+from torchrec_sid.tables import PieceTrainerConfig, SidPieces
 
 META = torch.device("meta")
 PLAN_ARMS = ("full_id", "hashed_prefix", "sentencepiece", "side")

@@ -17,7 +17,7 @@ from torchrec_sid.quantizers import (
     RqVaeConfig,
     VqFusionConfig,
 )
-from torchrec_sid.tables.pieces import PieceTrainerConfig
+from torchrec_sid.tables import PieceTrainerConfig
 
 from .learn_sids import SidRecipe
 

@@ -10,7 +10,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import PoolingType
 
 from tests.tables.strategies import bags
-from tests.tables.test_adapters import TableCatalog
+from tests.tables.test_catalog_map import TableCatalog
 from tests.tables.test_pieces import skewed
 from tests.test_collections import make_kjt, weights_by_slot
 from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
@@ -26,7 +26,7 @@ from torchrec_sid.tables import (
     SidEmbeddingConfig,
     train_pieces,
 )
-from torchrec_sid.tables.pieces import to_sentences
+from torchrec_sid.tables.sentencepiece import to_sentences
 
 DIM = 4
 SIZES = (5, 5, 5)

@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
-from tests.tables.test_adapters import TableCatalog
+from tests.tables.test_catalog_map import TableCatalog
 from tests.test_collections import make_kjt
 from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
 from torchrec_sid.errors import SidError

@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
-import torch
-from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+    EmbeddingCollectionInterface,
+)
+from torchrec.modules.embedding_tower import EmbeddingTower, EmbeddingTowerCollection
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantizedBagCollection
+from torchrec.quant.embedding_modules import EmbeddingCollection as QuantizedCollection
 
-from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
+from torchrec_sid.collections import SidCollection
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
-from torchrec_sid.replace_report import CollectionChange, ReplacementReport, table_size
+from torchrec_sid.replace_rebuild import (
+    FeatureSchemes,
+    Rebuilt,
+    fill,
+    physical_configs,
+    physical_tables,
+    raw_features,
+    rebuild,
+)
+from torchrec_sid.replace_report import CollectionChange, ReplacementReport, TableSize, table_size
+from torchrec_sid.replace_start import require_weights, start_from_ids
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.catalog_map import Catalog, CatalogMap
-from torchrec_sid.tables.configs import SidEmbeddingBagConfig, SidEmbeddingConfig
-from torchrec_sid.tables.schemes import Scheme
 
-FeatureSchemes = Mapping[str, Scheme | Sequence[Scheme]]
-"""Feature -> how its items are embedded from now on."""
+_STOCK = (EmbeddingBagCollection, EmbeddingCollection)
 
 
 def replace_embeddings(
     model: nn.Module,
     features: FeatureSchemes,
     *,
-    catalog: Catalog | None = None,
+    catalog: Catalog | CatalogMap | Mapping[str, Catalog | CatalogMap] | None = None,
     spec: SidSpec | None = None,
+    start: Literal["fresh", "ids"] = "fresh",
+    traffic: Mapping[str, Tensor] | None = None,
+    dry_run: bool = False,
 ) -> ReplacementReport:
     """Swap the tables of some features for SID tables, in place, wherever the model has them.
 
-    Feature order, dimensions, pooling, weighting, device and the weights of all other tables stay as they
-    are: their parameters are the same objects. Make optimizers and sharding plans afterwards.
+    Feature order, dimensions, pooling, weighting, devices, element types, hooks and all other tables stay
+    as they are: those are the same modules. A table that trains in the backward pass
+    (``apply_optimizer_in_backward``) goes on doing so. What cannot be kept is in ``report.notes``. Make
+    other optimizers and sharding plans afterwards. Features that shall share a table go in one call; more
+    calls may follow, with other catalogs.
 
     Args:
-        model: unsharded; holds stock ``EmbeddingBagCollection`` / ``EmbeddingCollection`` at any depth.
+        model: unsharded; holds stock ``EmbeddingBagCollection`` / ``EmbeddingCollection`` at any depth and
+            under any number of names.
         features: what to replace, e.g. ``{"item": HashedPrefix(depth=3, num_embeddings=1_000_000)}``; in
             every collection that has the feature. The rest of a table that it shares stays.
-        catalog: an open SidCatalog, if the batches go on carrying raw ids.
-        spec: shape of the SIDs, if the batches will carry packed SIDs instead.
+        catalog: an open SidCatalog, or one for each feature, if the batches go on carrying raw ids.
+        spec: shape of the SIDs of features without a catalog, whose batches will carry packed SIDs instead.
+        start: ``fresh`` rows, or rows that start from those of the ids they stand for, so that the model
+            goes on from where it was: every row takes the weighted mean of what the coarser rows of its
+            items have not yet said of their old vectors. Needs a catalog.
+        traffic: table -> ``[rows]`` how often each id occurs, for ``start="ids"``; None: equally often.
+        dry_run: change nothing, and say what would be.
 
     Returns:
         What changed; ``report.model`` is the model, or the new collection if the model was one itself.
 
     Raises:
         SidError: nothing to replace, a feature that no collection has, a model that is sharded or
-            quantized, a collection of a kind that cannot be taken apart, or a scheme that does not fit.
+            quantized, a collection of a kind that cannot be taken apart, or a scheme that does not fit. The
+            model is as it was.
 
     Example:
         >>> from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -63,49 +91,101 @@ def replace_embeddings(
     """
     if not features:
         raise SidError("replace_embeddings", "no features", "Name the features that carry items.")
+    if start not in ("fresh", "ids"):
+        raise SidError("start", repr(start), "Choose 'fresh' or 'ids'.")
     found = _collections(model)
     _check_features(model, found, features)
-    device = next((c.device for c in found.values()), torch.device("cpu"))
-    lookup = CatalogMap(catalog, device) if catalog is not None else None
+    wanted = [c for c in found.values() if raw_features(c) & set(features)]
+    maps = _catalog_maps(model, wanted[0], features, catalog)
+    if start == "ids":
+        require_weights(wanted, features, maps, traffic)
     # All are built before any is swapped: a refusal leaves the model as it was.
-    built: dict[int, nn.Module] = {}
-    changes = []
+    built: dict[int, Rebuilt] = {}
     for path, collection in found.items():
-        if id(collection) in built or not _has_any(collection, features):
+        if id(collection) in built or not raw_features(collection) & set(features):
             continue
-        new = _rebuild(collection, features, lookup, spec, path)
-        built[id(collection)] = new
-        before = [table_size(config) for config in _configs(collection)]
-        inner = new.ebc if isinstance(new, SidEmbeddingBagCollection) else new.ec
-        after = [table_size(config) for config in (_configs(inner) if inner is not None else [])]
-        changes.append(CollectionChange(path, type(collection).__name__, tuple(before), tuple(after)))
-    root = _swap(model, built)
+        try:
+            built[id(collection)] = rebuild(collection, features, maps, spec)
+        except SidError as error:
+            raise SidError(f"{path or 'the model'}, {error.where}", error.found, error.remedy) from error
+    _note_ties(model, built.values())
+    if not dry_run:
+        for one in built.values():
+            fill(one)
+            if start == "ids":
+                one.notes += start_from_ids(one, traffic or {})
+    changes = [_change(one, found) for one in built.values()]
+    root = model if dry_run else _swap(model, {key: one.new for key, one in built.items()})
     return ReplacementReport(root, tuple(changes))
 
 
+def former_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state of a model after :func:`replace_embeddings`, under the names that it had before.
+
+    Tables of SIDs, which are new, are left out; the tensors are the model's own. What a distributed
+    checkpoint of the model before the swap holds is read into them by ``dcp.load({"model":
+    former_state_dict(model)}, checkpoint_id=...)``. A plain state dict needs no such call: the collections
+    accept the old names.
+
+    Args:
+        model: with SID collections, sharded or not.
+    """
+    state = dict(model.state_dict())
+    for path, module in get_unwrapped_module(model).named_modules():
+        if isinstance(module, SidCollection):
+            prefix = f"{path}." if path else ""
+            for table, key in module.table_keys.items():
+                weight = state.pop(f"{prefix}{key}")
+                if table in module.raw_tables:
+                    state[f"{prefix}{module.former_names[key]}"] = weight
+    return state
+
+
 def _collections(model: nn.Module) -> dict[str, Any]:
-    """Path -> stock collection, also where one object stands at several paths."""
+    """Path -> collection that can be taken apart, also where one object stands at several paths."""
     return {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
-        if type(module) in (EmbeddingBagCollection, EmbeddingCollection)
+        if (type(module) in _STOCK or isinstance(module, SidCollection)) and not _is_inside(model, path)
     }
 
 
-def _configs(collection: Any) -> list[EmbeddingConfig]:
-    if isinstance(collection, EmbeddingBagCollection):
-        return list(collection.embedding_bag_configs())
-    return list(collection.embedding_configs())
+def _is_inside(model: nn.Module, path: str) -> bool:
+    """Whether a collection is a part of one of ours."""
+    parents = path.split(".")
+    return any(
+        isinstance(model.get_submodule(".".join(parents[:n])), SidCollection) for n in range(len(parents))
+    )
 
 
-def _has_any(collection: Any, features: FeatureSchemes) -> bool:
-    return any(name in features for config in _configs(collection) for name in config.feature_names)
+def _catalog_maps(
+    model: nn.Module, like: Any, features: FeatureSchemes, catalog: Any
+) -> dict[str, CatalogMap]:
+    """Feature -> catalog on the device; one map for each catalog, also over several calls."""
+    if catalog is None:
+        return {}
+    given = dict(catalog) if isinstance(catalog, Mapping) else dict.fromkeys(features, catalog)
+    for name in given:
+        if name not in features:
+            raise SidError(
+                f"catalog of feature {name!r}", "it is not replaced", f"Features are {sorted(features)}."
+            )
+    weights = [table.weight for table in physical_tables(like).values()]
+    device = buffer_device(weights[0].device)
+    known = {m.fingerprint: m for m in model.modules() if isinstance(m, CatalogMap)}
+    maps: dict[int, CatalogMap] = {}
+    for one in given.values():
+        same = one if isinstance(one, CatalogMap) else known.get(one.fingerprint)
+        if same is None or same.spec != one.spec:
+            same = maps.get(id(one)) or CatalogMap(one, device)
+        maps[id(one)] = same
+    return {name: maps[id(one)] for name, one in given.items()}
 
 
 def _check_features(model: nn.Module, found: Mapping[str, Any], features: FeatureSchemes) -> None:
-    known = {name for c in found.values() for config in _configs(c) for name in config.feature_names}
     for path, module in model.named_modules():
-        _check_kind(path, module, features)
+        _check_kind(f"module {path!r}" if path else "the model", module, features)
+    known = {name for collection in found.values() for name in raw_features(collection)}
     for feature in features:
         if feature not in known:
             raise SidError(
@@ -115,147 +195,145 @@ def _check_features(model: nn.Module, found: Mapping[str, Any], features: Featur
             )
 
 
-def _check_kind(path: str, module: nn.Module, features: FeatureSchemes) -> None:
+def _check_kind(where: str, module: nn.Module, features: FeatureSchemes) -> None:
     """Refuse what holds one of the features but cannot be taken apart, with the reason."""
-    kind, where = type(module), f"module {path!r}" if path else "the model"
+    kind = type(module)
     name = kind.__name__
-    if kind in (EmbeddingBagCollection, EmbeddingCollection):
+    if kind in _STOCK:
         return
-    if "torchrec.distributed" in kind.__module__:
+    if isinstance(module, ShardedModule):
         raise SidError(where, f"a {name}: the model is sharded", "Replace first, shard afterwards.")
-    if "torchrec.quant" in kind.__module__:
+    if isinstance(module, (QuantizedBagCollection, QuantizedCollection)):
         raise SidError(
             where, f"a {name}: the model is quantized", "Replace and train first, then quantize."
         )
-    if isinstance(module, (SidEmbeddingBagCollection, SidEmbeddingCollection)):
-        replaced = sorted(set(module.transform.sid_features) & set(features))
+    if isinstance(module, SidCollection):
+        replaced = sorted(set(cast(Any, module.transform).sid_features) & set(features))
         if replaced:
             raise SidError(f"feature {replaced[0]!r}", f"{where} already embeds its SIDs", "Leave it out.")
         return
-    wrapped = [c for c in module.children() if type(c) in (EmbeddingBagCollection, EmbeddingCollection)]
-    if kind.__module__.startswith("torchrec.modules.") and any(_has_any(c, features) for c in wrapped):
+    if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
+        if raw_features(module) & set(features):
+            raise SidError(
+                where,
+                f"a {name}, a subclass whose behaviour a swap would lose",
+                "Build a SID collection in its place by hand.",
+            )
+        return
+    if isinstance(module, (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)):
+        if _configured_features(module) & set(features):
+            raise SidError(
+                where,
+                f"a {name}, whose tables are no modules that could stay beside tables of SIDs",
+                "Use TorchRec's EmbeddingBagCollection or EmbeddingCollection in its place.",
+            )
+        return
+    _check_wrapper(where, module, features)
+
+
+def _configured_features(module: Any) -> set[str]:
+    configs = getattr(module, "embedding_bag_configs", None) or module.embedding_configs
+    return {name for config in configs() for name in config.feature_names}
+
+
+_REASONS = {
+    "FeatureProcessed": "its sharder shards the EmbeddingBagCollection it holds, and takes no other",
+    "ManagedCollision": "it gives ids rows of the very tables it holds, and resets rows that it takes back",
+    "ITEP": "it prunes rows of the very tables it holds",
+    "PEC": "it keeps rows of the very tables it holds on several ranks",
+}
+
+
+def _check_wrapper(where: str, module: nn.Module, features: FeatureSchemes) -> None:
+    """TorchRec's modules that hold a collection and reach into it. Towers only call it."""
+    if not type(module).__module__.startswith("torchrec.modules."):
+        return
+    if isinstance(module, (EmbeddingTower, EmbeddingTowerCollection)):
+        return
+    held = [c for c in module.children() if isinstance(c, _STOCK) and raw_features(c) & set(features)]
+    if held:
+        name = type(module).__name__
+        reasons = [reason for start, reason in _REASONS.items() if name.startswith(start)]
+        reason = reasons[0] if reasons else "it reaches into the collection it holds"
+        feature = sorted(raw_features(held[0]) & set(features))[0]
         raise SidError(
             where,
-            f"a {name}, which works on the ids or weights of the tables it wraps",
-            "Rebuild this module over a SID collection by hand.",
-        )
-    if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)) and _has_any(module, features):
-        raise SidError(
-            where,
-            f"a {name}, a subclass whose behaviour a swap would lose",
-            "Build a SID collection in its place by hand.",
+            f"a {name} with feature {feature!r}: {reason}",
+            "Leave its features out, or give this feature a collection of its own first.",
         )
 
 
-def _rebuild(
-    collection: Any,
-    features: FeatureSchemes,
-    lookup: CatalogMap | None,
-    spec: SidSpec | None,
-    path: str,
-) -> SidEmbeddingBagCollection | SidEmbeddingCollection:
-    """A SID collection that returns what ``collection`` returns, with its other weights."""
-    bags = isinstance(collection, EmbeddingBagCollection)
-    tables: list[Any] = []
-    for config in _configs(collection):
-        tables += _split(config, features, spec)
-    replaced = {n for config in _configs(collection) for n in config.feature_names if n in features}
-    catalogs = dict.fromkeys(replaced, lookup) if lookup is not None else None
-    kept = [table.name for table in tables if not isinstance(table, SidEmbeddingConfig)]
-    order = [name for names in _output_names(collection) for name in names]
-    try:
-        if bags:
-            new = SidEmbeddingBagCollection(
-                tables,
-                is_weighted=collection.is_weighted(),
-                device=collection.device,
-                catalog=catalogs,
-                output_order=order,
-            )
-            _keep_weights(kept, collection, new.ebc)
-            return new
-        sequence = SidEmbeddingCollection(
-            tables,
-            device=collection.device,
-            need_indices=collection.need_indices(),
-            catalog=catalogs,
-            output_order=order,
-        )
-        _keep_weights(kept, collection, sequence.ec)
-        return sequence
-    except SidError as error:
-        where = f"{path or 'the model'}, {error.where}"
-        raise SidError(where, error.found, error.remedy) from error
+def _note_ties(model: nn.Module, built: Any) -> None:
+    """Note weights of tables that go and are used elsewhere: there the old ones stay."""
+    for one in built:
+        tables = physical_tables(one.old)
+        going = {id(tables[table.old].weight): table.old for table in one.made if _gone(one, table.old)}
+        inside = {id(module) for module in one.old.modules()}
+        for path, module in model.named_modules():
+            if id(module) in inside:
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in going:
+                    where = f"{path}.{name}" if path else name
+                    one.notes.append(
+                        f"{going[id(parameter)]}: its weight is {where} too, which stays that of the ids."
+                    )
 
 
-def _output_names(collection: Any) -> list[list[str]]:
-    if isinstance(collection, EmbeddingBagCollection):
-        return [list(collection._embedding_names)]
-    names: list[list[str]] = collection.embedding_names_by_table()
-    return names
+def _gone(one: Rebuilt, table: str) -> bool:
+    return all(config.name != table or hasattr(config, "schemes") for config in one.new.tables)
 
 
-def _split(
-    config: EmbeddingConfig, features: FeatureSchemes, spec: SidSpec | None
-) -> list[EmbeddingConfig | SidEmbeddingConfig]:
-    """One table as what stays of it and one SID table per scheme of its replaced features."""
-    stay = [name for name in config.feature_names if name not in features]
-    groups: list[tuple[tuple[Scheme, ...], list[str]]] = []
-    for name in config.feature_names:
-        if name in features:
-            schemes = _schemes(features[name])
-            same = next((names for other, names in groups if other == schemes), None)
-            if same is None:
-                groups.append((schemes, [name]))
-            else:
-                same.append(name)
-    result: list[EmbeddingConfig | SidEmbeddingConfig] = []
-    if stay:
-        result.append(replace(config, feature_names=stay))
-    for number, (schemes, names) in enumerate(groups):
-        suffix = (
-            "" if not stay and len(groups) == 1 else "_sid" if len(groups) == 1 else f"_sid{number + 1}"
-        )
-        options = {"pooling": config.pooling} if isinstance(config, EmbeddingBagConfig) else {}
-        kind = SidEmbeddingBagConfig if isinstance(config, EmbeddingBagConfig) else SidEmbeddingConfig
-        result.append(
-            kind(
-                name=config.name + suffix,
-                embedding_dim=config.embedding_dim,
-                feature_names=names,
-                scheme=schemes,
-                spec=spec,
-                data_type=config.data_type,
-                init_fn=_own_init(config),
-                **options,
-            )
-        )
-    return result
+def _change(one: Rebuilt, found: Mapping[str, Any]) -> CollectionChange:
+    names = tuple(path for path, collection in found.items() if collection is one.old)
+    kind = type(one.old).__name__
+    return CollectionChange(names[0], kind, _sizes(one.old), _sizes(one.new), names, tuple(one.notes))
 
 
-def _schemes(scheme: Scheme | Sequence[Scheme]) -> tuple[Scheme, ...]:
-    return tuple(scheme) if isinstance(scheme, Sequence) else (scheme,)
-
-
-def _own_init(config: EmbeddingConfig) -> Any:
-    """The table's ``init_fn`` if the user gave one: TorchRec's default depends on the number of rows."""
-    init = config.init_fn
-    default = isinstance(init, partial) and init.func is torch.nn.init.uniform_
-    given = config.weight_init_min is not None or config.weight_init_max is not None
-    return init if given or not default else None
-
-
-def _keep_weights(names: Sequence[str], old: Any, new: Any) -> None:
-    attribute = "embedding_bags" if isinstance(old, EmbeddingBagCollection) else "embeddings"
-    for name in names:
-        getattr(new, attribute)[name].weight = getattr(old, attribute)[name].weight
+def _sizes(collection: Any) -> tuple[TableSize, ...]:
+    tables = physical_tables(collection)
+    reads = collection.reads if isinstance(collection, SidCollection) else {}
+    sizes = []
+    for name, config in physical_configs(collection).items():
+        features = reads[name].features if name in reads else tuple(config.feature_names)
+        sizes.append(table_size(config, features, tables[name].weight.element_size()))
+    return tuple(sizes)
 
 
 def _swap(model: nn.Module, built: Mapping[int, nn.Module]) -> nn.Module:
+    """Put the new collections in the place of the old ones, under every name, in containers too."""
     if id(model) in built:
         return built[id(model)]
+    seen: set[int] = set()
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if id(child) in built:
-                module._modules[name] = built[id(child)]
+        _exchange(module._modules, built, seen)
+        _exchange(vars(module), built, seen)
     return model
+
+
+def _exchange(value: Any, built: Mapping[int, nn.Module], seen: set[int]) -> Any:
+    """``value`` with new collections for old ones: containers in place, tuples anew."""
+    if isinstance(value, nn.Module):
+        return built.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in built:
+        return getattr(built[id(value.__self__)], value.__name__, value)
+    if not isinstance(value, (dict, list, tuple, set)) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            new = _exchange(item, built, seen)
+            if new is not item:
+                value[key] = new
+        return value
+    items = [_exchange(item, built, seen) for item in value]
+    if all(new is item for new, item in zip(items, value, strict=True)):
+        return value
+    if isinstance(value, list):
+        value[:] = items
+        return value
+    if isinstance(value, set):
+        value.clear()
+        value.update(items)
+        return value
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingConfig, data_type_to_dtype
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, data_type_to_dtype
 
 
 class TableSize(NamedTuple):
@@ -23,11 +23,15 @@ class CollectionChange(NamedTuple):
     """One collection."""
 
     path: str
-    """Where it stands in the model; empty for the model itself."""
+    """Where it stands in the model, at its first name; empty for the model itself."""
     kind: str
     """Class of what it replaced."""
     before: tuple[TableSize, ...]
     after: tuple[TableSize, ...]
+    names: tuple[str, ...] = ()
+    """Every name it stands under."""
+    notes: tuple[str, ...] = ()
+    """What could not be kept, and what was carried over or dropped on the way: one sentence each."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,13 @@ class ReplacementReport:
     """What changed; ``print(report)`` shows it."""
 
     model: nn.Module
-    """The model, with its collections swapped."""
+    """The model, with its collections swapped; as it was after a dry run."""
     collections: tuple[CollectionChange, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All notes, each with the collection's path."""
+        return tuple(f"{c.path or 'the model'}: {note}" for c in self.collections for note in c.notes)
 
     @property
     def rows_before(self) -> int:
@@ -61,7 +70,8 @@ class ReplacementReport:
     def __str__(self) -> str:
         lines = []
         for change in self.collections:
-            lines.append(f"{change.path or '(the model)'}: {change.kind}")
+            also = f" (also {', '.join(change.names[1:])})" if len(change.names) > 1 else ""
+            lines.append(f"{change.path or '(the model)'}: {change.kind}{also}")
             for word, tables in (("before", change.before), ("after", change.after)):
                 for table in tables:
                     features = ", ".join(table.features)
@@ -69,6 +79,7 @@ class ReplacementReport:
                         f"  {word:<6}  {table.name:<24} {table.rows:>13,} rows x {table.dim:<5} "
                         f"{table.bytes:>15,} bytes  {features}"
                     )
+            lines += [f"  note    {note}" for note in change.notes]
         lines.append(
             f"rows {self.rows_before:,} -> {self.rows_after:,}, "
             f"bytes {self.bytes_before:,} -> {self.bytes_after:,}"
@@ -76,9 +87,8 @@ class ReplacementReport:
         return "\n".join(lines)
 
 
-def table_size(config: EmbeddingConfig) -> TableSize:
-    """Size of the table that a configuration describes."""
-    width = data_type_to_dtype(config.data_type).itemsize
-    size = config.num_embeddings * config.embedding_dim * width
-    names = tuple(config.feature_names)
-    return TableSize(config.name, names, config.num_embeddings, config.embedding_dim, size)
+def table_size(config: BaseEmbeddingConfig, features: tuple[str, ...], element_bytes: int) -> TableSize:
+    """Size of a table, of its configuration and of the element it is made of now."""
+    rows, dim = config.num_embeddings, config.embedding_dim
+    width = element_bytes or data_type_to_dtype(config.data_type).itemsize
+    return TableSize(config.name, features, rows, dim, rows * dim * width)

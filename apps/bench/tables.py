@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.tables import PieceTrainerConfig, SidTokenizer, train_pieces
-from torchrec_sid.tables.pieces import to_sentences
+from torchrec_sid.tables.sentencepiece import to_sentences
 
 from .alternating import alternate, peak_mb
 from .tables_systems import Case, Items, System, make_systems, one_process, planted, shard

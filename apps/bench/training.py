@@ -42,7 +42,7 @@ from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.pieces import PieceTrainerConfig, SidPieces, train_pieces
+from torchrec_sid.tables import PieceTrainerConfig, SidPieces, train_pieces
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.progress_line import TrainingProgress
 from torchrec_sid.training.run import batch_config, log_sizes

@@ -26,7 +26,7 @@ from torchrec_sid.quantizers import (
     VqFusionConfig,
 )
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.pieces import PieceTrainerConfig
+from torchrec_sid.tables import PieceTrainerConfig
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -20,7 +20,7 @@ from torchrec_sid.models.stores import SidStore
 from torchrec_sid.parallel.constraints import model_pooling_factors
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_file import check_plan, load_plan
-from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
+from torchrec_sid.tables import PieceTrainerConfig, train_pieces
 from torchrec_sid.training.run import log_sizes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,7 +25,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.streamable import Pipelineable
 
-from tests.tables.test_adapters import TableCatalog
+from tests.tables.test_catalog_map import TableCatalog
 from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
 from torchrec_sid.parallel.initialise import copy_full_into_sharded
 from torchrec_sid.side import SideFeaturesConfig
@@ -113,14 +113,30 @@ class Model(nn.Module):
                     scheme=(HashedPrefix(2), PerLevel(separate=True), SentencePiece(vocabulary())),
                     spec=SPEC,
                 ),
+                SidEmbeddingConfig(
+                    name="e_item",
+                    embedding_dim=dim,
+                    feature_names=["item", "history"],
+                    scheme=(HashedPrefix(3, 64), HashedId(32)),
+                    spec=SPEC,
+                ),
+                SidEmbeddingConfig(
+                    name="e_rows",
+                    embedding_dim=dim,
+                    feature_names=["item"],
+                    scheme=NGramGroups(2),
+                    spec=SPEC,
+                    events="rows",
+                ),
                 EmbeddingConfig(
                     name="e_user", embedding_dim=dim, num_embeddings=16, feature_names=["user"]
                 ),
             ],
             device=device,
         )
+        self.sequences = self.events.output_names
         generator = torch.Generator().manual_seed(0)
-        self.out = nn.Linear(6 * dim, 1)
+        self.out = nn.Linear(9 * dim, 1)
         with torch.no_grad():
             for parameter in [*self.out.parameters(), *self.bags.combine.parameters()]:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -128,17 +144,15 @@ class Model(nn.Module):
     def forward(self, batch):
         pooled = self.bags(batch.features)
         rows = self.events(batch.features)
-        sequence = _pool(rows["history"], rows["user"])
+        sequence = _pool([rows[name] for name in self.sequences])
         logits = self.out(torch.cat([pooled.values(), sequence], dim=1)).squeeze(1)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
         return loss, logits.detach()
 
 
 @torch.fx.wrap
-def _pool(history, user):
-    parts = [
-        torch.segment_reduce(j.values(), "sum", lengths=j.lengths(), initial=0) for j in (history, user)
-    ]
+def _pool(jagged):
+    parts = [torch.segment_reduce(j.values(), "sum", lengths=j.lengths(), initial=0) for j in jagged]
     return torch.cat(parts, dim=1)
 
 
@@ -207,10 +221,17 @@ def shard(model, kinds, ranks, like=None):
     """DMP and optimizer; ``kinds`` shard bags and events. Weights: those of ``like``, or its own."""
     full = {name: t.clone() for name, t in (like or model).state_dict().items()}
     plan = {}
-    collections = {"bags.ebc": (model.bags.ebc, kinds[0]), "events.ec": (model.events.ec, kinds[1])}
+    events = list(model.events.event_bags)
+    # A bag per event: their number differs from rank to rank, and gloo reduces equal parts only.
+    own_row = "table_wise" if kinds[1] == "row_wise" else kinds[1]
+    collections = {
+        "bags.ebc": (model.bags.ebc, kinds[0]),
+        "events.ec": (model.events.ec, kinds[1]),
+        **{f"events.event_bags.{i}": (bags, own_row) for i, bags in enumerate(events)},
+    }
     for path, (module, kind) in collections.items():
         apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": LR})
-        tables = module.embedding_bags if path.endswith("ebc") else module.embeddings
+        tables = module.embeddings if path.endswith("ec") else module.embedding_bags
         per_table = {name: SHARDINGS[kind](i, ranks) for i, name in enumerate(tables)}
         plan[path] = construct_module_sharding_plan(module, per_table, local_size=ranks, device_type="cpu")
     sharded = DistributedModelParallel(

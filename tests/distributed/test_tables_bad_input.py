@@ -12,7 +12,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.sharders import sid_sharders
 from torchrec_sid.replace import replace_embeddings
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables import HashedId, HashedPrefix, PackFeatures, SidEmbeddingBagConfig
+from torchrec_sid.tables import HashedId, HashedPrefix, SidEmbeddingBagConfig
 
 OUTSIDE = int(SPEC.pack(torch.tensor([[7, 7, 4]]))) + 1
 
@@ -69,20 +69,19 @@ def said(call):
 
 
 def weighted_model():
-    """Two features, weighted; one is packed from its levels."""
+    """Two features, weighted."""
     table = {"embedding_dim": 8, "scheme": HashedPrefix(2), "spec": SidSpec((8, 8))}
     bags = SidEmbeddingBagCollection(
         [SidEmbeddingBagConfig(name="item", **table), SidEmbeddingBagConfig(name="other", **table)],
         is_weighted=True,
-        adapter=PackFeatures({"item": ["level_1", "level_2"]}, SidSpec((8, 8))),
     )
     return torch.nn.Sequential(bags)
 
 
-def weighted_batch(lengths=(1, 1, 1, 1, 1, 1), weights=True):
+def weighted_batch(lengths=(1, 1, 1, 1), weights=True):
     values = torch.arange(sum(lengths)) % 8
     return KeyedJaggedTensor(
-        ["level_1", "level_2", "other"],
+        ["item", "other"],
         values,
         lengths=torch.tensor(lengths),
         weights=torch.ones(len(values)) if weights else None,
@@ -101,7 +100,6 @@ def on_each_rank():
     )
     found["good"] = said(lambda: weighted(weighted_batch()))
     found["no weights"] = said(lambda: weighted(weighted_batch(weights=False)))
-    found["levels"] = said(lambda: weighted(weighted_batch((1, 1, 2, 1, 1, 1))))
     return found
 
 
@@ -112,4 +110,3 @@ def test_bad_batches_are_refused_under_dmp():
         assert "the model is sharded" in found["sharded"]
         assert found["good"] == "nothing"
         assert "no weights" in found["no weights"]
-        assert "'level_2'" in found["levels"]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.distributed.launch import run_ranks
 from tests.distributed.tables_model import CATALOG, SPEC, Model, make_batch, part, shard
-from tests.tables.test_adapters import TableCatalog
+from tests.tables.test_catalog_map import TableCatalog
 from torchrec_sid.parallel.buffers import checksum, dense_buffer_names, synchronise_buffers
 from torchrec_sid.parallel.ranks import Ranks
 

@@ -15,7 +15,7 @@ from torchrec_sid.models.dlrm import Standardise
 from torchrec_sid.models.stores import ContentStore, ItemStore, SideStore, SidStore
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
+from torchrec_sid.tables import PieceTrainerConfig, train_pieces
 
 ITEMS, SPEC, SIDE = 20, SidSpec((4, 4, 4)), SidSpec((3,) * 10)
 CODES = torch.randint(0, 4, (ITEMS, 3), generator=torch.Generator().manual_seed(1))

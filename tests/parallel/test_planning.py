@@ -21,8 +21,7 @@ from torchrec_sid.parallel.planner_config import (
 )
 from torchrec_sid.parallel.planning import make_plan, measure_feature_lengths, resolve_topology
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.configs import SidEmbeddingBagConfig
-from torchrec_sid.tables.schemes import HashedPrefix
+from torchrec_sid.tables import HashedPrefix, SidEmbeddingBagConfig
 
 BASE = PlannerConfig(
     TopologyConfig(world_size=4, local_world_size=2, node="a100_80gb"),

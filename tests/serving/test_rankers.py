@@ -13,7 +13,7 @@ from torchrec_sid.models.stores import ContentStore, SideStore, SidStore
 from torchrec_sid.serving.exporter import ExportOptions, export_model
 from torchrec_sid.serving.served_model import ServedModel
 from torchrec_sid.side.basis import FrozenBasis
-from torchrec_sid.tables.pieces import PieceTrainerConfig, train_pieces
+from torchrec_sid.tables import PieceTrainerConfig, train_pieces
 
 
 def make_ranking(arm, **changes):

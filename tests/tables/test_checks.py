@@ -35,7 +35,7 @@ def batch(values, lengths=(1, 1), keys=("item", "user"), weights=None):
     ("make", "says"),
     [
         (lambda: batch(torch.tensor([1.0, 2.0])), "float32.*SidSpec.pack"),
-        (lambda: batch(torch.tensor([[1, 2, 3], [4, 5, 6]])), "shape \\(2, 3\\).*PackValues"),
+        (lambda: batch(torch.tensor([[1, 2, 3], [4, 5, 6]])), "shape \\(2, 3\\).*SidSpec.pack"),
         (lambda: batch(torch.tensor([[1, 2], [3, 4]])[:, 1]), "not contiguous.*contiguous\\(\\)"),
         (
             lambda: batch(torch.tensor([1, 2]), keys=("items", "user")),

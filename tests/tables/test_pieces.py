@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables import PieceTrainerConfig, SidPieces, SidTokenizer, train_pieces
-from torchrec_sid.tables.pieces import to_sentences
+from torchrec_sid.tables.sentencepiece import to_sentences
 
 
 def skewed(spec, count, seed=0):
@@ -75,7 +75,7 @@ def test_every_way_to_cut_a_batch_is_the_same(monkeypatch):
     codes = skewed(spec, 1000)
     tokenizer = SidTokenizer(train_pieces(spec, codes, PieceTrainerConfig(400)))
     whole = tokenizer(spec.pack(codes))
-    monkeypatch.setattr("torchrec_sid.tables.tokenizer._CHUNK", 77)
+    monkeypatch.setattr("torchrec_sid.tables.sentencepiece.tokenizer._CHUNK", 77)
     parts = tokenizer(spec.pack(codes))
     assert torch.equal(whole.ids, parts.ids)
     assert torch.equal(whole.counts, parts.counts)

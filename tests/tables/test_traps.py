@@ -40,9 +40,10 @@ def test_3_every_collection_has_its_own_transform():
     assert not set(model.bags.transform.indexers) & set(model.events.transform.indexers)
 
 
-@pytest.mark.parametrize("kind", [EmbeddingBagCollection, EmbeddingCollection])
-def test_stock_collections_are_found_by_exact_type(kind):
-    assert sum(type(module) is kind for module in Model().modules()) == 1
+@pytest.mark.parametrize(("kind", "count"), [(EmbeddingBagCollection, 3), (EmbeddingCollection, 1)])
+def test_stock_collections_are_found_by_exact_type(kind, count):
+    """One of bags, one of rows, and one of event bags for each set of features."""
+    assert sum(type(module) is kind for module in Model().modules()) == count
 
 
 def test_transforms_have_no_parameters():
@@ -66,9 +67,9 @@ def test_7_no_buffer_is_ever_on_meta():
 def test_9_constraints_know_the_names_of_the_physical_tables():
     model = Model()
     tables = {c.name for c in model.bags.ebc.embedding_bag_configs()}
-    tables |= {c.name for c in model.events.ec.embedding_configs()}
+    tables |= set(model.events.embeddings)
     assert set(model_pooling_factors(model)) == tables
-    assert len(tables) == 5 + 6
+    assert len(tables) == 5 + 9
     config = PlannerConfig(
         topology=TopologyConfig(world_size=2, device="cpu"),
         tables={"b_itm_prefix": TableConstraint(sharding_types=("row_wise",))},

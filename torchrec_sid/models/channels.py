@@ -23,14 +23,15 @@ from torchrec_sid.models.stores import ContentStore, IdStore, ItemStore, SideSto
 from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 from torchrec_sid.plugins import Registry
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.configs import SidEmbeddingBagConfig, SidEmbeddingConfig
-from torchrec_sid.tables.schemes import (
+from torchrec_sid.tables import (
     HashedId,
     HashedPrefix,
     NGramGroups,
     PerLevel,
     Scheme,
     SentencePiece,
+    SidEmbeddingBagConfig,
+    SidEmbeddingConfig,
 )
 
 S = TypeVar("S", bound=ItemStore)

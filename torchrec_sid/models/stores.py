@@ -16,7 +16,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.quantizers import load_quantizer
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.pieces import SidPieces
+from torchrec_sid.tables import SidPieces
 
 RAW_ID_BYTES = 8
 """A raw id travels and rests as one int64."""

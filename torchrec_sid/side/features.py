@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchrec_sid.devices import buffer_device
+from torchrec_sid.devices import FrozenState, buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.basis import FrozenBasis, as_bytes
 from torchrec_sid.spec import SidSpec
@@ -39,7 +39,7 @@ class SideFeaturesConfig:
             raise SidError("SideFeaturesConfig.kind", repr(self.kind), "Choose digits, one_hot or basis.")
 
 
-class SideFeatures(nn.Module):
+class SideFeatures(FrozenState):
     """SIDs -> features ``[N, dim]`` float32, by frozen constants: buffers only, no look-up table to learn.
 
     Scaled so that ``E |phi|^2 = dim``, and centred, under the code distribution: uniform unless

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchrec_sid.devices import buffer_device
+from torchrec_sid.devices import FrozenState, buffer_device
 from torchrec_sid.spec import SidSpec
 
 UNKNOWN = -1
@@ -27,7 +27,7 @@ class Catalog(Protocol):
         """Packed SIDs ``[n]`` int64."""
 
 
-class CatalogMap(nn.Module):
+class CatalogMap(FrozenState):
     """Ids ``[n]`` -> packed SIDs ``[n]`` int64; unknown ids -> -1, counted in ``unknown_count``.
 
     Where the ids fill at least a quarter of their range the map is one gather, elsewhere a binary search.
@@ -45,7 +45,11 @@ class CatalogMap(nn.Module):
 
     def __init__(self, catalog: Catalog, device: torch.device | str | None = None) -> None:
         super().__init__()
-        device = buffer_device(device)
+        place = buffer_device(device)
+        with place:  # whatever the context, a catalog holds data
+            self._read(catalog, place)
+
+    def _read(self, catalog: Catalog, device: torch.device) -> None:
         ids = torch.as_tensor(catalog.item_ids(), dtype=torch.int64)
         packed = torch.as_tensor(catalog.lookup(ids), dtype=torch.int64)
         self.spec = catalog.spec

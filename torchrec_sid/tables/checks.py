@@ -82,8 +82,7 @@ def check_layout(name: str, values: Tensor) -> None:
         raise SidError(
             name,
             f"values of shape {tuple(values.shape)}",
-            "A KeyedJaggedTensor permutes 2-D values wrongly: pack the codes with SidSpec.pack, "
-            "or use PackValues / PackFeatures.",
+            "A KeyedJaggedTensor permutes 2-D values wrongly: pack the codes with SidSpec.pack.",
         )
     if not values.is_contiguous():
         raise SidError(

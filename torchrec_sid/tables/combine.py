@@ -7,30 +7,52 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from torchrec_sid.tables.layout import Output
-from torchrec_sid.tables.side_scheme import SideVectors
+from torchrec_sid.tables.layout import CollectionOutput
+from torchrec_sid.tables.leaf import LeafModule
+from torchrec_sid.tables.scheme_registry import SidVectors
+from torchrec_sid.tables.transform import EventGroup
 
 
-class CombineBags(nn.Module):
+class _Combine(LeafModule):
+    """Outputs, and what computes vectors of theirs without a table."""
+
+    def __init__(self, outputs: Sequence[CollectionOutput], vectors: Mapping[str, SidVectors]) -> None:
+        super().__init__()
+        self._names = [out.name for out in outputs]
+        self._keys = [out.key_groups for out in outputs]
+        parts = [part for out in outputs for part in out.parts if part.vectors]
+        self._vector_keys = [part.key for part in parts]
+        self.vector_names = [part.vectors for part in parts]
+        """Names of :attr:`sides`, one for each feature that reads them."""
+        self.sides = nn.ModuleList(vectors[name] for name in self.vector_names)
+
+    @property
+    def vectors_by_name(self) -> dict[str, nn.Module]:
+        """What computes vectors without a table, by name."""
+        return dict(zip(self.vector_names, self.sides, strict=True))
+
+
+class CombineBags(_Combine):
     """KeyedTensor of physical tables -> KeyedTensor of features: sums within, then sum or concat.
 
     Means are taken here, over items and not over rows. TorchRec's own mean would divide by the rows of a
     bag, and under grid sharding it does not divide at all.
+
+    Args:
+        outputs: what to make.
+        vectors: name -> what computes vectors without a table.
+        is_weighted: bags have weights.
     """
 
     def __init__(
-        self, outputs: Sequence[Output], sides: Mapping[str, SideVectors], is_weighted: bool
+        self, outputs: Sequence[CollectionOutput], vectors: Mapping[str, SidVectors], is_weighted: bool
     ) -> None:
-        super().__init__()
-        self._weighted: bool = is_weighted
-        self._names: list[str] = [out.name for out in outputs]
-        self._dims: list[int] = [out.dim for out in outputs]
-        self._mean_over: list[str] = [out.feature if out.mean else "" for out in outputs]
-        self._keys: list[list[list[str]]] = [_groups(out) for out in outputs]
-        parts = [part for out in outputs for part in out.parts if part.side]
-        self._side_keys: list[str] = [part.key for part in parts]
-        self.sides = nn.ModuleList(sides[part.side] for part in parts)
+        super().__init__(outputs, vectors)
+        self._weighted = is_weighted
+        self._dims = [out.dim for out in outputs]
+        self._mean_over = [out.feature if out.mean else "" for out in outputs]
 
     def forward(
         self, pooled: KeyedTensor | None, rows: KeyedJaggedTensor, features: KeyedJaggedTensor
@@ -39,22 +61,20 @@ class CombineBags(nn.Module):
 
         Args:
             pooled: result of the stock collection; None where there is no table.
-            rows: what was looked up; carries the packed SIDs of parameter-free features.
+            rows: what was looked up; carries the packed SIDs of vectors without a table.
             features: the batch, for means.
         """
-        by_key: dict[str, Tensor] = {}
-        if pooled is not None:
-            by_key = pooled.to_dict()
-        for i, side in enumerate(self.sides):
-            key = self._side_keys[i]
+        features = maybe_td_to_kjt(features)
+        by_key: dict[str, Tensor] = {} if pooled is None else dict(pooled.to_dict())
+        for key, vectors in zip(self._vector_keys, self.sides, strict=True):
             bags = rows[key]
-            summed = side(bags.values(), bags.lengths(), bags.weights_or_none())
+            summed = vectors(bags.values(), bags.lengths(), bags.weights_or_none())
             by_key[key] = _spread(summed, rows, key)
         values: list[Tensor] = []
-        for i, groups in enumerate(self._keys):
-            vector = _side_by_side(groups, by_key)
-            if self._mean_over[i] != "":
-                vector = vector / self._counts(features, self._mean_over[i]).to(vector.dtype)
+        for keys, feature in zip(self._keys, self._mean_over, strict=True):
+            vector = _side_by_side(keys, by_key)
+            if feature:
+                vector = vector / self._counts(features, feature).to(vector.dtype)
             values.append(vector)
         return KeyedTensor(keys=self._names, length_per_key=self._dims, values=torch.cat(values, dim=1))
 
@@ -70,59 +90,73 @@ class CombineBags(nn.Module):
         return counts.masked_fill(counts == 0, 1).unsqueeze(1)
 
 
-class CombineEvents(nn.Module):
-    """Rows of physical tables -> one embedding per event, as the replaced EmbeddingCollection returned."""
+class CombineEvents(_Combine):
+    """Rows and bags of physical tables -> one embedding per event, as an EmbeddingCollection returns it.
 
-    def __init__(self, outputs: Sequence[Output], sides: Mapping[str, SideVectors]) -> None:
-        super().__init__()
-        self._names: list[str] = [out.name for out in outputs]
-        self._features: list[str] = [out.feature for out in outputs]
-        self._keys: list[list[list[str]]] = [_groups(out) for out in outputs]
-        tables = [part for out in outputs for part in out.parts if not part.side]
-        self._table_keys: list[str] = [part.key for part in tables]
-        self._per_item: list[int] = [part.per_item for part in tables]
-        self._counts_keys: list[str] = [part.counts_key for part in tables]
-        parts = [part for out in outputs for part in out.parts if part.side]
-        self._side_keys: list[str] = [part.key for part in parts]
-        self.sides = nn.ModuleList(sides[part.side] for part in parts)
+    Args:
+        outputs: what to make.
+        vectors: name -> what computes vectors without a table.
+        groups: tables whose events are bags, in the order of their collections.
+        need_indices: pass the looked-up rows on as weights.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[CollectionOutput],
+        vectors: Mapping[str, SidVectors],
+        groups: Sequence[EventGroup],
+        need_indices: bool,
+    ) -> None:
+        super().__init__(outputs, vectors)
+        self._features = [out.feature for out in outputs]
+        self._groups = list(groups)
+        self._need_indices = need_indices
+        pooled = {key for group in groups for keys in group.tables.values() for key in keys}
+        parts = [part for out in outputs for part in out.parts]
+        self._table_parts = [p for p in parts if not p.vectors and p.key not in pooled]
 
     def forward(
         self,
         looked_up: dict[str, JaggedTensor] | None,
-        rows: KeyedJaggedTensor,
+        pooled: Sequence[KeyedTensor],
+        rows: Sequence[KeyedJaggedTensor],
         features: KeyedJaggedTensor,
     ) -> dict[str, JaggedTensor]:
-        """``[rows, D]`` per physical key -> ``[events, D]`` per output, with the lengths of the batch.
+        """``[rows, D]`` and ``[events, D]`` per physical key -> ``[events, D]`` per output.
 
         Args:
-            looked_up: result of the stock collection; None where there is no table.
-            rows: what was looked up; carries rows per event where they vary, and packed SIDs.
-            features: the batch.
+            looked_up: result of the stock EmbeddingCollection; None where there is none.
+            pooled: results of the stock EmbeddingBagCollections, one per group.
+            rows: what was looked up; the first carries the packed SIDs of vectors without a table.
+            features: the batch, whose lengths the result has.
         """
+        features = maybe_td_to_kjt(features)
         by_key: dict[str, Tensor] = {}
-        for i, side in enumerate(self.sides):
-            by_key[self._side_keys[i]] = side(rows[self._side_keys[i]].values(), None, None)
-        if looked_up is not None:
-            for i, key in enumerate(self._table_keys):
-                vectors = looked_up[key].values()
-                if self._per_item[i] == 0:
-                    vectors = _sum_events(vectors, rows[self._counts_keys[i]].values())
-                elif self._per_item[i] > 1:
-                    vectors = vectors.view(-1, self._per_item[i], vectors.shape[1]).sum(dim=1)
-                by_key[key] = vectors
+        for key, vectors in zip(self._vector_keys, self.sides, strict=True):
+            by_key[key] = vectors(rows[0][key].values(), None, None)
+        for part in self._table_parts:
+            assert looked_up is not None
+            rows_of = looked_up[part.key].values()
+            if part.per_item > 1:
+                rows_of = rows_of.view(-1, part.per_item, rows_of.shape[1]).sum(dim=1)
+            by_key[part.key] = rows_of
+        keys, sizes = features.keys(), features.length_per_key()
+        for group, vectors_of in zip(self._groups, pooled, strict=True):
+            events = [sizes[keys.index(name)] for name in group.sources]
+            for table, names in group.tables.items():
+                whole = vectors_of.values() if len(group.tables) == 1 else vectors_of[table]
+                if not torch.compiler.is_compiling() and whole.shape[0] != sum(events):
+                    whole = whole[:0]  # the empty bag that stands for none
+                parts = [whole] if len(names) == 1 else whole.split(events)
+                by_key.update(zip(names, parts, strict=True))
         result: dict[str, JaggedTensor] = {}
-        for i, name in enumerate(self._names):
-            lengths = features[self._features[i]].lengths()
-            result[name] = JaggedTensor(values=_side_by_side(self._keys[i], by_key), lengths=lengths)
+        for name, feature, groups in zip(self._names, self._features, self._keys, strict=True):
+            indices = looked_up[groups[0][0]].weights() if looked_up and self._need_indices else None
+            bags = features[feature]
+            result[name] = JaggedTensor(
+                values=_side_by_side(groups, by_key), lengths=bags.lengths(), weights=indices
+            )
         return result
-
-
-def _groups(out: Output) -> list[list[str]]:
-    """Keys of an output: scheme by scheme where they stand side by side, all together where summed."""
-    if not out.concat:
-        return [[part.key for part in out.parts]]
-    groups = sorted({part.group for part in out.parts})
-    return [[part.key for part in out.parts if part.group == group] for group in groups]
 
 
 def _side_by_side(groups: list[list[str]], by_key: dict[str, Tensor]) -> Tensor:
@@ -133,14 +167,6 @@ def _side_by_side(groups: list[list[str]], by_key: dict[str, Tensor]) -> Tensor:
             total = total + by_key[keys[j]]
         vectors.append(total)
     return vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
-
-
-def _sum_events(vectors: Tensor, counts: Tensor) -> Tensor:
-    """Sum the first ``counts[0]`` rows, the next ``counts[1]``, and so on."""
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    places = torch.arange(vectors.shape[0], device=vectors.device)
-    # Forward twice as fast as index_add, four times as segment_reduce; in a fixed order on a GPU.
-    return nn.functional.embedding_bag(places, vectors, offsets, mode="sum", include_last_offset=True)
 
 
 def _spread(bags: Tensor, features: KeyedJaggedTensor, key: str) -> Tensor:

@@ -11,12 +11,12 @@ from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.schemes import Scheme
+from torchrec_sid.tables.scheme_registry import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class SidEmbeddingConfig:
-    """What ``EmbeddingConfig`` is to ``EmbeddingCollection``, for features that carry SIDs.
+class SidTableConfig:
+    """A table of SIDs, pooled or not.
 
     Args:
         name: name of the table. A scheme with several physical tables adds ``_depth1`` and the like;
@@ -28,6 +28,8 @@ class SidEmbeddingConfig:
         combine: how the vectors of several schemes become one: their sum (D stays), or side by side.
         data_type: element type of the rows.
         init_fn: as in TorchRec, called on each physical table's weight.
+        weight_init_min: as in TorchRec, of every row.
+        weight_init_max: as in TorchRec.
 
     Raises:
         SidError: no scheme, no feature, a feature twice, or a spec beyond 63 bits.
@@ -41,6 +43,8 @@ class SidEmbeddingConfig:
     combine: Literal["sum", "concat"] = "sum"
     data_type: DataType = DataType.FP32
     init_fn: Callable[[Tensor], Tensor | None] | None = None
+    weight_init_min: float | None = None
+    weight_init_max: float | None = None
 
     def __post_init__(self) -> None:
         where = f"table {self.name!r}"
@@ -68,6 +72,10 @@ class SidEmbeddingConfig:
                 "Tables take SIDs that pack into 63 bits: truncate it.",
             )
 
+    def num_features(self) -> int:
+        """Features that share the table."""
+        return len(self.feature_names or ())
+
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """The schemes as a tuple, one or many."""
@@ -76,12 +84,36 @@ class SidEmbeddingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SidEmbeddingBagConfig(SidEmbeddingConfig):
+class SidEmbeddingConfig(SidTableConfig):
+    """What ``EmbeddingConfig`` is to ``EmbeddingCollection``, for features that carry SIDs.
+
+    The other arguments are those of :class:`SidTableConfig`.
+
+    Args:
+        events: what an event of several rows is. ``bag``: its rows are summed where they are and one vector
+            travels; the table is sharded table-wise or column-wise (row-wise too on GPUs). ``rows``: its
+            rows travel and are summed afterwards; for tables that only fit when they are sharded row-wise,
+            where every rank would send a partial sum. A scheme whose rows vary in number has bags.
+
+    Raises:
+        SidError: as :class:`SidTableConfig`, or another word for ``events``.
+    """
+
+    events: Literal["bag", "rows"] = "bag"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.events not in ("bag", "rows"):
+            raise SidError(f"table {self.name!r}", f"events={self.events!r}", "Choose 'bag' or 'rows'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SidEmbeddingBagConfig(SidTableConfig):
     """What ``EmbeddingBagConfig`` is to ``EmbeddingBagCollection``, for features that carry SIDs.
 
     The rows of one item are summed, then ``pooling`` reduces the items of a bag: the mean of a bag is the
     mean over its items, by weight where there are weights. The other arguments are those of
-    :class:`SidEmbeddingConfig`.
+    :class:`SidTableConfig`.
 
     Example:
         >>> from torchrec_sid import HashedPrefix, SidSpec

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 
+from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.catalog_map import Catalog, CatalogMap
-from torchrec_sid.tables.configs import SidEmbeddingConfig
-from torchrec_sid.tables.indexers import IdIndexer, Indexer, LevelIndexer, PassThrough, PieceIndexer
+from torchrec_sid.tables.configs import SidEmbeddingConfig, SidTableConfig
+from torchrec_sid.tables.indexers import PassThrough
 from torchrec_sid.tables.layout_checks import (
     TableConfig,
     check_catalogs,
@@ -22,68 +23,123 @@ from torchrec_sid.tables.layout_checks import (
     output_dim,
     resolve_spec,
 )
-from torchrec_sid.tables.schemes import HashedId, SentencePiece, TableScheme
-from torchrec_sid.tables.side_scheme import Side, SideVectors
+from torchrec_sid.tables.scheme_registry import Scheme, SidVectors
 from torchrec_sid.tables.slots import Slot
-from torchrec_sid.tables.transform import Route
+from torchrec_sid.tables.transform import EventGroup, Route
 
 
-class Part(NamedTuple):
-    """A looked-up key that contributes to an output."""
+class OutputPart(NamedTuple):
+    """A vector that contributes to an output."""
 
     key: str
-    """Key of the transformed KJT, and of the stock collection's result."""
+    """Of the route that finds its rows."""
     per_item: int
     """Rows per item; 0 where it varies."""
-    group: int
-    """Parts of one group (one scheme) are summed."""
-    counts_key: str = ""
-    """Key with the rows of each item, where they vary."""
-    side: str = ""
-    """Name of the :class:`~torchrec_sid.tables.side_scheme.SideVectors` that makes it without a table."""
+    scheme: int
+    """Parts of one scheme are summed."""
+    vectors: str = ""
+    """Name in :attr:`Layout.vectors` of what makes it without a look-up."""
 
 
 @dataclass(frozen=True)
-class Output:
+class CollectionOutput:
     """One key of the result, as the stock collection would have named it."""
 
     name: str
     feature: str
-    table: str
     dim: int
     mean: bool
     """Whether the sum over a bag is still to be divided by its items."""
     concat: bool
-    parts: tuple[Part, ...]
+    parts: tuple[OutputPart, ...]
+
+    @property
+    def key_groups(self) -> list[list[str]]:
+        """Keys scheme by scheme where they stand side by side, all together where they are summed."""
+        if not self.concat:
+            return [[part.key for part in self.parts]]
+        schemes = sorted({part.scheme for part in self.parts})
+        return [[part.key for part in self.parts if part.scheme == s] for s in schemes]
+
+    @property
+    def is_row(self) -> bool:
+        """Whether it is one row of one table."""
+        return len(self.parts) == 1 and self.parts[0].per_item == 1 and not self.parts[0].vectors
 
 
 @dataclass
 class Layout:
     """What a collection is built from."""
 
+    physical: type[EmbeddingConfig] | type[EmbeddingBagConfig]
+    """Configuration class of the stock collection."""
+    device: torch.device
+    """Of the tables; may be meta."""
     tables: list[EmbeddingConfig] = field(default_factory=list)
     """Physical tables of the stock collection inside."""
+    event_tables: dict[tuple[str, ...], list[EmbeddingBagConfig]] = field(default_factory=dict)
+    """Features -> tables of which each of their events reads a bag of rows."""
+    event_routes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Key of such a table -> routes into it."""
     routes: list[Route] = field(default_factory=list)
-    outputs: list[Output] = field(default_factory=list)
+    outputs: list[CollectionOutput] = field(default_factory=list)
     specs: dict[str, SidSpec] = field(default_factory=dict)
     """Feature -> shape of its SIDs."""
     maps: dict[str, CatalogMap] = field(default_factory=dict)
     """Feature -> its catalog on the device; features that share a catalog share the map."""
     public: list[EmbeddingConfig] = field(default_factory=list)
     """One configuration per configured table, describing the result: what consumers size themselves by."""
-    sides: dict[str, SideVectors] = field(default_factory=dict)
-    """Table name -> parameter-free features of that table's configuration."""
-    pooling_factors: dict[str, float] = field(default_factory=dict)
-    """Physical table -> rows per item."""
+    vectors: dict[str, SidVectors] = field(default_factory=dict)
+    """Name -> what computes vectors of some features without a table."""
+    reads: dict[str, TableReads] = field(default_factory=dict)
+    """Physical table -> what is read of it."""
+    raw_tables: list[str] = field(default_factory=list)
+    """Physical tables that are as TorchRec's own configuration says."""
+    used_keys: set[str] = field(default_factory=set)
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Configured table -> the name it bears outside."""
 
     @property
     def direct(self) -> bool:
         """Whether the stock collection's result is already the result."""
         looked_up = [key for table in self.tables for key in table.feature_names]
         return looked_up == [out.name for out in self.outputs] and all(
-            len(out.parts) == 1 and out.parts[0].key == out.name and not out.parts[0].side and not out.mean
+            len(out.parts) == 1
+            and out.parts[0].key == out.name
+            and not out.parts[0].vectors
+            and not out.mean
             for out in self.outputs
         )
+
+    @property
+    def event_groups(self) -> list[EventGroup]:
+        """The groups of :attr:`event_tables`, with their routes."""
+        return [
+            EventGroup(sources, {key: self.event_routes[key] for t in tables for key in t.feature_names})
+            for sources, tables in self.event_tables.items()
+        ]
+
+    def own_key(self, wanted: str) -> str:
+        """``wanted``, or with a number behind it where a feature or another key has that name."""
+        key, number = wanted, 1
+        while key in self.used_keys:
+            number += 1
+            key = f"{wanted}:{number}"
+        self.used_keys.add(key)
+        return key
+
+
+class TableReads(NamedTuple):
+    """What is read of a physical table."""
+
+    table: str
+    """Configured table that it belongs to."""
+    features: tuple[str, ...]
+    """Features of the batch that read it, one for each of its keys; all of one key where ``events``."""
+    rows_per_item: float
+    """Mean rows that one item reads."""
+    events: bool
+    """Whether a bag is an event, and not an example."""
 
 
 def plan_layout(
@@ -92,6 +148,7 @@ def plan_layout(
     physical: type[EmbeddingConfig] | type[EmbeddingBagConfig],
     device: torch.device | None,
     output_order: Sequence[str] | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> Layout:
     """Resolve configurations into a :class:`Layout`, and build the modules without parameters.
 
@@ -101,26 +158,30 @@ def plan_layout(
         physical: configuration class of the stock collection.
         device: of the tables; buffers are on it unless it is meta.
         output_order: keys of the result in order; None: table by table.
+        aliases: configured table -> the name that its outputs and its public configuration bear.
 
     Raises:
         SidError: duplicate table names, a feature with two specs, a catalog whose spec is another, a
             feature that carries SIDs for one table and raw ids for another.
     """
-    if not tables:
-        raise SidError("tables", "none", "Give at least one table.")
-    layout = Layout()
+    layout = Layout(physical, torch.get_default_device() if device is None else device)
+    layout.aliases = dict(aliases or {})
     shared = _shared_features(tables)
+    layout.used_keys = {feature for table in tables for feature in features_of(table)}
     check_catalogs(tables, catalogs)
-    layout.maps = _make_maps(catalogs, device)
-    for table in tables:
-        if isinstance(table, SidEmbeddingConfig):
-            spec = resolve_spec(layout.specs, table, catalogs)
-            _place_sid_table(layout, table, spec, shared, physical, device)
-        else:
-            _place_raw_table(layout, table, shared)
-    names = [table.name for table in layout.tables]
+    # What has no initialiser must not be built on meta, whatever the context.
+    with buffer_device(device):
+        layout.maps = _make_maps(catalogs, device)
+        for table in tables:
+            if isinstance(table, SidTableConfig):
+                spec = resolve_spec(layout.specs, table, catalogs)
+                _SidTable(layout, table, spec, shared).place()
+            else:
+                _place_raw_table(layout, table, shared)
+    names = list(layout.reads)
+    every = [t.name for t in layout.tables] + [t.name for g in layout.event_tables.values() for t in g]
     for name in names:
-        if names.count(name) > 1:
+        if every.count(name) > 1:
             raise SidError(f"table {name!r}", "the name is used twice", "Give every table its own name.")
     check_raw_tables(tables, layout.specs, catalogs)
     if output_order is not None:
@@ -147,131 +208,124 @@ def _make_maps(
     return {feature: maps[id(catalog)] for feature, catalog in catalogs.items()}
 
 
-def _place_sid_table(
-    layout: Layout,
-    table: SidEmbeddingConfig,
-    spec: SidSpec,
-    shared: set[str],
-    physical: type[EmbeddingConfig] | type[EmbeddingBagConfig],
-    device: torch.device | None,
-) -> None:
-    features = features_of(table)
-    parts: dict[str, list[Part]] = {feature: [] for feature in features}
-    alone = sum(len(s.slots(spec)) for s in table.schemes if not isinstance(s, Side)) == 1
-    alone = alone and len(table.schemes) == 1
-    rows, dims = 0, []
-    for group, scheme in enumerate(table.schemes):
-        if isinstance(scheme, Side):
-            dims.append(_add_side(layout, table, scheme, spec, parts, group, device))
-            continue
-        dims.append(table.embedding_dim)
-        for slot in scheme.slots(spec):
-            name = _physical_name(table, scheme, slot)
-            keys = []
-            for feature in features:
-                key = feature if alone and feature not in shared else f"{feature}:{name}"
-                indexer = _indexer(scheme, slot, spec, layout.maps.get(feature), device)
-                counts_key = f"{key}#" if indexer.per_item == 0 and physical is EmbeddingConfig else ""
-                layout.routes.append(Route(feature, key, indexer, counts_key))
-                parts[feature].append(Part(key, indexer.per_item, group, counts_key))
-                keys.append(key)
-            layout.tables.append(
-                physical(
-                    name=name,
-                    embedding_dim=table.embedding_dim,
-                    num_embeddings=slot.rows,
-                    feature_names=keys,
-                    data_type=table.data_type,
-                    init_fn=table.init_fn,
-                )
+class _SidTable(NamedTuple):
+    """A configured table of SIDs on its way into a layout."""
+
+    layout: Layout
+    table: SidTableConfig
+    spec: SidSpec
+    shared: set[str]
+
+    def place(self) -> None:
+        """Enter its physical tables, routes and outputs."""
+        layout, table = self.layout, self.table
+        parts: dict[str, list[OutputPart]] = {feature: [] for feature in features_of(table)}
+        slots = [scheme.slots(self.spec) for scheme in table.schemes]
+        alone = len(table.schemes) == 1 and len(slots[0]) == 1
+        rows, dims = 0, []
+        for number, (scheme, own) in enumerate(zip(table.schemes, slots, strict=True)):
+            catalog = next((layout.maps[f] for f in parts if f in layout.maps), None)
+            vectors = scheme.vectors(self.spec, table.embedding_dim, catalog, layout.device)
+            if vectors is not None:
+                self._add_vectors(scheme, number, vectors, parts)
+                dims.append(int(vectors.dim))
+                continue
+            dims.append(table.embedding_dim)
+            for slot in own:
+                self._add_table(scheme, number, slot, alone, parts)
+                rows += slot.rows
+        self._add_outputs(parts, output_dim(table, dims), rows)
+
+    def _add_vectors(
+        self, scheme: Scheme, number: int, vectors: SidVectors, parts: Mapping[str, list[OutputPart]]
+    ) -> None:
+        """Route the packed SIDs of the table's features past the look-up."""
+        layout = self.layout
+        name = f"{self.table.name}_{scheme.label}"
+        layout.vectors[name] = vectors
+        for feature, own in parts.items():
+            key = layout.own_key(f"{feature}:{name}")
+            layout.routes.append(Route(feature, key, PassThrough(packed=True)))
+            own.append(OutputPart(key, 1, number, vectors=name))
+
+    def _add_table(
+        self, scheme: Scheme, number: int, slot: Slot, alone: bool, parts: Mapping[str, list[OutputPart]]
+    ) -> None:
+        layout, table = self.layout, self.table
+        name, keys = physical_name(table, scheme, slot), []
+        for feature, own in parts.items():
+            catalog, place = layout.maps.get(feature), buffer_device(layout.device)
+            indexer = scheme.indexer(slot, self.spec, catalog, place)
+            # The stock collection's result is the result where a key is a feature's own name.
+            plain = alone and feature not in self.shared
+            key = feature if plain else layout.own_key(f"{feature}:{name}")
+            layout.routes.append(Route(feature, key, indexer))
+            own.append(OutputPart(key, indexer.per_item, number))
+            keys.append(key)
+        events = False
+        if isinstance(table, SidEmbeddingConfig):
+            bags = table.events == "bag"
+            events = indexer.per_item == 0 or (bags and indexer.per_item > 1)
+        options = {
+            "name": name,
+            "embedding_dim": table.embedding_dim,
+            "num_embeddings": slot.rows,
+            "data_type": table.data_type,
+            "init_fn": table.init_fn,
+            "weight_init_min": table.weight_init_min,
+            "weight_init_max": table.weight_init_max,
+        }
+        if events:
+            key = layout.own_key(name)
+            layout.event_routes[key] = tuple(keys)
+            group = layout.event_tables.setdefault(tuple(parts), [])
+            group.append(EmbeddingBagConfig(feature_names=[key], **options))
+        else:
+            layout.tables.append(layout.physical(feature_names=keys, **options))
+        layout.reads[name] = TableReads(table.name, tuple(parts), slot.rows_per_item, events)
+
+    def _add_outputs(self, parts: Mapping[str, Sequence[OutputPart]], dim: int, rows: int) -> None:
+        layout, table = self.layout, self.table
+        pooling = getattr(table, "pooling", PoolingType.SUM)
+        given = table.weight_init_min is not None or table.weight_init_max is not None
+        outside = layout.aliases.get(table.name, table.name)
+        layout.public.append(
+            layout.physical(
+                name=outside,
+                embedding_dim=dim,
+                num_embeddings=rows,
+                feature_names=features_of(table),
+                data_type=table.data_type,
+                # Its default divides by the rows, of which vectors without a table have none.
+                weight_init_min=table.weight_init_min if given or rows else 0.0,
+                weight_init_max=table.weight_init_max if given or rows else 0.0,
+                **({"pooling": pooling} if layout.physical is EmbeddingBagConfig else {}),
             )
-            layout.pooling_factors[name] = slot.rows_per_item
-            rows += slot.rows
-    _add_outputs(layout, table, parts, shared, output_dim(table, dims), rows, physical)
-
-
-def _add_outputs(
-    layout: Layout,
-    table: SidEmbeddingConfig,
-    parts: Mapping[str, Sequence[Part]],
-    shared: set[str],
-    dim: int,
-    rows: int,
-    physical: type[EmbeddingConfig] | type[EmbeddingBagConfig],
-) -> None:
-    pooling = getattr(table, "pooling", PoolingType.SUM)
-    layout.public.append(
-        physical(
-            name=table.name,
-            embedding_dim=dim,
-            num_embeddings=rows,
-            feature_names=features_of(table),
-            data_type=table.data_type,
-            # Its default divides by the rows, of which a Side alone has none.
-            weight_init_min=0.0 if not rows else None,
-            weight_init_max=0.0 if not rows else None,
-            **({"pooling": pooling} if physical is EmbeddingBagConfig else {}),
         )
-    )
-    mean, concat = pooling is PoolingType.MEAN, table.combine == "concat"
-    for feature in features_of(table):
-        name = f"{feature}@{table.name}" if feature in shared else feature
-        layout.outputs.append(Output(name, feature, table.name, dim, mean, concat, tuple(parts[feature])))
+        mean, concat = pooling is PoolingType.MEAN, table.combine == "concat"
+        for feature, own in parts.items():
+            name = f"{feature}@{outside}" if feature in self.shared else feature
+            layout.outputs.append(CollectionOutput(name, feature, dim, mean, concat, tuple(own)))
 
 
-def _add_side(
-    layout: Layout,
-    table: SidEmbeddingConfig,
-    side: Side,
-    spec: SidSpec,
-    parts: Mapping[str, list[Part]],
-    group: int,
-    device: torch.device | None,
-) -> int:
-    """Route the packed SIDs of the table's features past the look-up; returns the dimension."""
-    known = [layout.maps[feature].packed for feature in parts if feature in layout.maps]
-    vectors = SideVectors(side, spec, table.embedding_dim, known[0] if known else None, device)
-    layout.sides[table.name] = vectors
-    for feature, own in parts.items():
-        key = f"{feature}:{table.name}_{side.label}"
-        layout.routes.append(Route(feature, key, PassThrough(packed=True)))
-        own.append(Part(key, 1, group, side=table.name))
-    return vectors.dim
-
-
-def _place_raw_table(layout: Layout, table: EmbeddingConfig, shared: set[str]) -> None:
-    features = features_of(table)
-    keys = [f"{name}:{table.name}" if name in shared else name for name in features]
-    layout.tables.append(replace(table, feature_names=keys))
-    layout.public.append(replace(table, feature_names=features))
-    layout.pooling_factors[table.name] = 1.0
-    for feature, key in zip(features, keys, strict=True):
-        layout.routes.append(Route(feature, key, PassThrough()))
-        name = f"{feature}@{table.name}" if feature in shared else feature
-        part = Part(key, 1, 0)
-        layout.outputs.append(Output(name, feature, table.name, table.embedding_dim, False, False, (part,)))
-
-
-def _physical_name(table: SidEmbeddingConfig, scheme: TableScheme, slot: Slot) -> str:
-    """The configured name, then the scheme where there are several, then the slot."""
+def physical_name(table: SidTableConfig, scheme: Scheme, slot: Slot) -> str:
+    """Of a table: the configured name, then the scheme where there are several, then the slot."""
     stem = table.name if len(table.schemes) == 1 else f"{table.name}_{scheme.label}"
     return f"{stem}_{slot.suffix}" if slot.suffix else stem
 
 
-def _indexer(
-    scheme: TableScheme, slot: Slot, spec: SidSpec, catalog: CatalogMap | None, device: torch.device | None
-) -> Indexer:
-    if isinstance(scheme, HashedId):
-        return IdIndexer(slot, raw_ids=catalog is not None)
-    if isinstance(scheme, SentencePiece):
-        if scheme.precompute and catalog is None:
-            raise SidError(
-                "SentencePiece",
-                "precompute=True for a feature without a catalog",
-                "Give the collection one.",
-            )
-        return PieceIndexer(scheme.pieces, catalog if scheme.precompute else None, device)
-    return LevelIndexer(slot, spec)
+def _place_raw_table(layout: Layout, table: EmbeddingConfig, shared: set[str]) -> None:
+    features = features_of(table)
+    keys = [layout.own_key(f"{name}:{table.name}") if name in shared else name for name in features]
+    layout.tables.append(replace(table, feature_names=keys))
+    layout.public.append(replace(table, feature_names=features))
+    layout.reads[table.name] = TableReads(table.name, tuple(features), 1.0, False)
+    layout.raw_tables.append(table.name)
+    for feature, key in zip(features, keys, strict=True):
+        layout.routes.append(Route(feature, key, PassThrough()))
+        name = f"{feature}@{table.name}" if feature in shared else feature
+        dim, part = table.embedding_dim, OutputPart(key, 1, 0)
+        layout.outputs.append(CollectionOutput(name, feature, dim, False, False, (part,)))
 
 
 def _shared_features(tables: Sequence[TableConfig]) -> set[str]:

@@ -10,9 +10,9 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.catalog_map import Catalog, CatalogMap
-from torchrec_sid.tables.configs import SidEmbeddingConfig
+from torchrec_sid.tables.configs import SidTableConfig
 
-TableConfig: TypeAlias = EmbeddingConfig | SidEmbeddingConfig
+TableConfig: TypeAlias = EmbeddingConfig | SidTableConfig
 """A table of raw ids (TorchRec's own configuration) or of SIDs."""
 
 
@@ -21,7 +21,7 @@ def features_of(table: TableConfig) -> list[str]:
     return list(table.feature_names or [table.name])
 
 
-def output_dim(table: SidEmbeddingConfig, dims: Sequence[int]) -> int:
+def output_dim(table: SidTableConfig, dims: Sequence[int]) -> int:
     """Dimension of the output, from those of the schemes.
 
     Raises:
@@ -45,7 +45,7 @@ def check_catalogs(tables: Sequence[TableConfig], catalogs: Mapping[str, Catalog
     Raises:
         SidError: naming the feature and those that do.
     """
-    sid = [f for t in tables if isinstance(t, SidEmbeddingConfig) for f in features_of(t)]
+    sid = [f for t in tables if isinstance(t, SidTableConfig) for f in features_of(t)]
     for feature in catalogs:
         if feature not in sid:
             raise SidError(
@@ -66,7 +66,7 @@ def check_raw_tables(
         SidError: naming feature and table.
     """
     for table in tables:
-        if isinstance(table, SidEmbeddingConfig):
+        if isinstance(table, SidTableConfig):
             continue
         for feature in features_of(table):
             if feature in specs and feature not in catalogs:
@@ -78,7 +78,7 @@ def check_raw_tables(
 
 
 def resolve_spec(
-    specs: dict[str, SidSpec], table: SidEmbeddingConfig, catalogs: Mapping[str, Catalog | CatalogMap]
+    specs: dict[str, SidSpec], table: SidTableConfig, catalogs: Mapping[str, Catalog | CatalogMap]
 ) -> SidSpec:
     """The one spec of a table and all its features; noted in ``specs`` for each feature.
 

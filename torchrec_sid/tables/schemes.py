@@ -16,18 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
+
+import torch
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.hashing import splitmix64
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables.pieces import SidPieces
-from torchrec_sid.tables.side_scheme import Side
-from torchrec_sid.tables.slots import MAX_ROWS, Column, Slot, place
+from torchrec_sid.tables.catalog_map import CatalogMap
+from torchrec_sid.tables.indexers import IdIndexer, Indexer
+from torchrec_sid.tables.scheme_registry import Scheme
+from torchrec_sid.tables.slots import MAX_ROWS, LevelRange, Slot, place
 
 
 @dataclass(frozen=True)
-class HashedPrefix:
+class HashedPrefix(Scheme):
     """Prefix n-grams (arXiv 2504.02137): one row for each of the first ``depth`` prefixes of a SID.
 
     Prefixes are enumerated without collision, coarsest first, as long as they fill at most half of the
@@ -60,6 +63,11 @@ class HashedPrefix:
         _check_positive("HashedPrefix", depth=self.depth)
         _check_rows("HashedPrefix", self.num_embeddings)
 
+    @classmethod
+    def for_rows(cls, spec: SidSpec, rows: int) -> HashedPrefix:
+        """Every prefix of the SID, in one table."""
+        return cls(spec.levels, rows)
+
     def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
         """The tables and columns for SIDs of this shape."""
         if self.depth > spec.levels:
@@ -73,7 +81,7 @@ class HashedPrefix:
 
 
 @dataclass(frozen=True)
-class PerLevel:
+class PerLevel(Scheme):
     """One row per level, ``c_l``: the unigrams of arXiv 2306.08121. Never hashed.
 
     Args:
@@ -93,6 +101,11 @@ class PerLevel:
         if self.depth is not None:
             _check_positive("PerLevel", depth=self.depth)
 
+    @classmethod
+    def for_rows(cls, spec: SidSpec, rows: int) -> PerLevel:
+        """Every level; it never hashes."""
+        return cls()
+
     def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
         """The tables and columns for SIDs of this shape."""
         depth = _depth_of("PerLevel", self.depth, spec)
@@ -100,7 +113,7 @@ class PerLevel:
 
 
 @dataclass(frozen=True)
-class NGramGroups:
+class NGramGroups(Scheme):
     """One row per group of ``n`` consecutive levels: the n-grams of arXiv 2306.08121.
 
     With ``stride=None`` the groups do not overlap (the last one may be shorter); ``stride=1`` takes every
@@ -133,6 +146,11 @@ class NGramGroups:
             _check_positive("NGramGroups", depth=self.depth)
         _check_rows("NGramGroups", self.num_embeddings)
 
+    @classmethod
+    def for_rows(cls, spec: SidSpec, rows: int) -> NGramGroups:
+        """Bigrams that do not overlap."""
+        return cls(2, num_embeddings=rows)
+
     def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
         """The tables and columns for SIDs of this shape."""
         depth = _depth_of("NGramGroups", self.depth, spec)
@@ -148,7 +166,7 @@ class NGramGroups:
 
 
 @dataclass(frozen=True)
-class HashedId:
+class HashedId(Scheme):
     """One row per item by hashing its id: the memory table beside a table that generalises.
 
     It hashes the value as it came in: the raw id where the collection has a catalog for the feature,
@@ -166,47 +184,22 @@ class HashedId:
     def __post_init__(self) -> None:
         _check_rows("HashedId", self.num_embeddings)
 
+    @classmethod
+    def for_rows(cls, spec: SidSpec, rows: int) -> HashedId:
+        """One table of these rows."""
+        return cls(rows)
+
     def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
         """The one table and its one column."""
         usable = self.num_embeddings - 1
-        column = Column(0, spec.levels, 0, usable, splitmix64(self.seed), exact=False)
+        column = LevelRange(0, spec.levels, 0, usable, splitmix64(self.seed), exact=False)
         return (Slot("", self.num_embeddings, (column,), 1.0),)
 
-
-@dataclass(frozen=True)
-class SentencePiece:
-    """One row per piece of a SentencePiece model over SIDs (arXiv 2306.08121); their number varies.
-
-    Args:
-        pieces: the vocabulary, from :func:`~torchrec_sid.tables.pieces.train_pieces` or
-            ``SidPieces.load(path)``.
-        precompute: keep the pieces of every item of the catalog in a buffer, ``4 L`` bytes an item, instead
-            of cutting each batch; for features with a catalog.
-    """
-
-    pieces: SidPieces
-    precompute: bool = False
-    label: ClassVar[str] = "piece"
-
-    def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
-        """The one table: a row per piece, and one for the unknown item.
-
-        Raises:
-            SidError: the vocabulary was trained on SIDs of another shape.
-        """
-        if spec != self.pieces.spec:
-            raise SidError(
-                "SentencePiece",
-                f"pieces of SIDs of {self.pieces.spec.cardinalities} for SIDs of {spec.cardinalities}",
-                "Train the pieces on the SIDs of this catalog.",
-            )
-        return (Slot("", len(self.pieces) + 1, (), self.pieces.pieces_per_item),)
-
-
-TableScheme: TypeAlias = HashedPrefix | PerLevel | NGramGroups | HashedId | SentencePiece
-"""Every scheme that addresses learned tables."""
-Scheme: TypeAlias = TableScheme | Side
-"""Every way to embed a SID."""
+    def indexer(
+        self, slot: Slot, spec: SidSpec, catalog: CatalogMap | None, device: torch.device
+    ) -> Indexer:
+        """A hash of the raw id, or of the whole SID without a catalog."""
+        return IdIndexer(slot, raw_ids=catalog is not None)
 
 
 def _depth_of(scheme: str, depth: int | None, spec: SidSpec) -> int:

@@ -12,10 +12,13 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.side.features import SideFeatures, SideFeaturesConfig
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.tables.catalog_map import CatalogMap
+from torchrec_sid.tables.scheme_registry import Scheme, SidVectors
+from torchrec_sid.tables.slots import Slot
 
 
 @dataclass(frozen=True)
-class Side:
+class Side(Scheme):
     """Digits, one-hot or basis features of a SID (arXiv 2506.16698), computed from frozen constants.
 
     Alone it needs no table at all; beside a table scheme it is what generalises while the table remembers.
@@ -35,8 +38,19 @@ class Side:
     calibrate: bool = False
     label: ClassVar[str] = "side"
 
+    def slots(self, spec: SidSpec) -> tuple[Slot, ...]:
+        """None: it looks nothing up."""
+        return ()
 
-class SideVectors(nn.Module):
+    def vectors(
+        self, spec: SidSpec, embedding_dim: int, catalog: CatalogMap | None, device: torch.device | None
+    ) -> SidVectors:
+        """The features, mapped to ``embedding_dim`` where they are projected."""
+        known = None if catalog is None else catalog.packed
+        return SideVectors(self, spec, embedding_dim, known, device)
+
+
+class SideVectors(SidVectors):
     """Packed SIDs ``[n]`` -> vectors, and their sums over bags. The matrix, if any, is its only parameter.
 
     Args:
@@ -69,13 +83,7 @@ class SideVectors(nn.Module):
         self.dim: int = embedding_dim if side.project else self.features.dim
 
     def forward(self, packed: Tensor, lengths: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Packed SIDs ``[n]`` int64 -> vectors ``[n, dim]`` float32, zero for -1; or their sums over bags.
-
-        Args:
-            packed: SIDs, -1 for the unknown item.
-            lengths: ``[B]`` items per bag, for sums ``[B, dim]``: projected once per bag, not per item.
-            weights: ``[n]`` float32, for weighted sums.
-        """
+        """As :class:`SidVectors`, in float32; bags are projected once, not item by item."""
         vectors: Tensor = self.features(packed.clamp(min=0))
         vectors = vectors * (packed >= 0).unsqueeze(1)
         if lengths is not None:
@@ -88,4 +96,8 @@ class SideVectors(nn.Module):
                 per_sample_weights=weights,
                 include_last_offset=True,
             )
-        return vectors if self.matrix is None else self.matrix(vectors)
+        if self.matrix is None:
+            return vectors
+        # The features stay float32 in a half-precision model, and so does what tables give out.
+        projected: Tensor = self.matrix(vectors.to(self.matrix.weight.dtype))
+        return projected.float()

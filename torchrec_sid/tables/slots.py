@@ -1,4 +1,4 @@
-"""Slots and columns: what a scheme says about the rows that a SID addresses."""
+"""Slots and ranges of levels: what a scheme says about the rows that a SID addresses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_ROWS = 2**31 - 1
 """Most rows that one table can have: what the hash can address exactly."""
 
 
-class Column(NamedTuple):
+class LevelRange(NamedTuple):
     """One row per item: the levels ``start .. stop - 1`` of its SID, as a row of a table."""
 
     start: int
@@ -37,7 +37,7 @@ class Slot(NamedTuple):
     """What tells this table from its siblings of the same feature; empty for an only child."""
     rows: int
     """Rows of the table, the unknown item's included."""
-    columns: tuple[Column, ...]
+    columns: tuple[LevelRange, ...]
     """Columns, one look-up per item each; none where their number varies from item to item."""
     rows_per_item: float
     """Mean number of rows that one item reads."""
@@ -88,7 +88,7 @@ def _fill(
     for i, (start, stop) in enumerate(ranges):
         salt = splitmix64(splitmix64(seed) + first + i)
         if i < exact:
-            columns.append(Column(start, stop, sum(sizes[:i]), sizes[i], salt, exact=True))
+            columns.append(LevelRange(start, stop, sum(sizes[:i]), sizes[i], salt, exact=True))
         else:
-            columns.append(Column(start, stop, base, rows - 1 - base, salt, exact=False))
+            columns.append(LevelRange(start, stop, base, rows - 1 - base, salt, exact=False))
     return Slot(suffix, rows, tuple(columns), float(len(columns)))

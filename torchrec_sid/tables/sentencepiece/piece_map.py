@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from torchrec_sid.devices import FrozenState
 from torchrec_sid.errors import SidError
-from torchrec_sid.tables.pieces import SidPieces
+from torchrec_sid.tables.sentencepiece.pieces import SidPieces
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -20,7 +21,7 @@ MAX_STATES = 1 << 24
 """A state fits the bits that a float32 leaves free in a float64, less one for the sign."""
 
 
-class PieceMap(nn.Module):
+class PieceMap(FrozenState):
     """All pieces as tries, one for each level at which a piece can start.
 
     A state is an int32. The state after one more code ``c`` is found at ``state + c`` of two arrays:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchrec_sid.devices import buffer_device
+from torchrec_sid.devices import FrozenState, buffer_device
 from torchrec_sid.errors import SidError
-from torchrec_sid.tables.piece_map import MAX_STATES, NO_PIECE, PieceMap
-from torchrec_sid.tables.pieces import UNK, SidPieces
+from torchrec_sid.tables.sentencepiece.piece_map import MAX_STATES, NO_PIECE, PieceMap
+from torchrec_sid.tables.sentencepiece.pieces import UNK, SidPieces
 
 # Items per pass on a CPU: what keeps every intermediate in the second-level cache.
 _CHUNK = 32_768
@@ -103,7 +103,7 @@ class SidTokenizer(nn.Module):
         return torch.stack(ends)
 
 
-class BestPath(nn.Module):
+class BestPath(FrozenState):
     """Unigram: Viterbi over the runs of codes.
 
     A candidate is one float64: its float32 score, and in the bits which that leaves free the state that
@@ -160,7 +160,7 @@ class BestPath(nn.Module):
         return ends
 
 
-class MergePath(nn.Module):
+class MergePath(FrozenState):
     """BPE: of all neighbours that make a piece, join those of the earliest merge; repeat.
 
     Which run of codes two neighbours make is read from a table over all 2**(L - 1) ways to cut L levels.
