@@ -263,7 +263,7 @@ class SidEmbeddingCollection(SidCollection, EmbeddingCollectionInterface):
         pooled = layout.event_tables.values()
         self.event_bags = nn.ModuleList(EmbeddingBagCollection(group, device=device) for group in pooled)
         # Where every event is a bag, the transform gives no rows of single-row tables.
-        self._single = bool(layout.tables or layout.vectors)
+        self._single = bool(layout.tables or layout.vectors or not tables)
         self._gather = (use_gather_select, use_gather_select_per_sharding)
         combine = CombineEvents(layout.outputs, layout.vectors, groups, need_indices)
         self.combine = None if layout.direct and all(out.is_row for out in layout.outputs) else combine

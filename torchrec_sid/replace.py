@@ -152,10 +152,9 @@ def _collections(model: nn.Module) -> dict[str, Any]:
 
 def _is_inside(model: nn.Module, path: str) -> bool:
     """Whether a collection is a part of one of ours."""
-    parents = path.split(".")
-    return any(
-        isinstance(model.get_submodule(".".join(parents[:n])), SidCollection) for n in range(len(parents))
-    )
+    parts = path.split(".") if path else []
+    above = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+    return any(isinstance(module, SidCollection) for module in above)
 
 
 def _catalog_maps(

@@ -43,6 +43,29 @@ def batch(values, lengths=(1, 1), keys=("item", "user"), weights=None):
         ),
         (lambda: batch(torch.tensor([1, 2, 3])), "lengths sum to 2 but there are 3"),
         (lambda: batch(torch.tensor([1, 2, 3]), lengths=(1, 1, 1)), "3 lengths for 2 keys"),
+        (lambda: batch(torch.tensor([1, 2]), keys=("item", "item")), "'item'.*twice"),
+        (lambda: batch(torch.tensor([1, 2]), lengths=(3, -1)), "length -1 at position 1"),
+        (
+            lambda: KeyedJaggedTensor(
+                ["item", "user"],
+                torch.tensor([1, 2]),
+                lengths=torch.tensor([1, 1]),
+                offsets=torch.tensor([0, 2, 2]),
+                stride=1,
+            ),
+            "contradict the offsets",
+        ),
+        (
+            lambda: KeyedJaggedTensor(
+                ["item", "user"],
+                torch.tensor([1, 2]),
+                lengths=torch.tensor([1, 1], dtype=torch.int32),
+                offsets=torch.tensor([0, 2]),
+                stride=1,
+            ),
+            "2 offsets for 2 lengths",
+        ),
+        (lambda: batch(torch.tensor([1, 2]), weights=torch.ones(3)), "\\(3,\\) weights"),
         (lambda: batch(torch.tensor([1 << 9, 2])), "'item'.*packed SID 512 at position 0.*catalog"),
         (lambda: batch(torch.tensor([-2, 2])), "'item'.*packed SID -2"),
         (

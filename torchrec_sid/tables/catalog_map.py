@@ -73,6 +73,8 @@ class CatalogMap(FrozenState):
 
     def forward(self, raw: Tensor) -> Tensor:
         """Raw ids ``[n]`` int64 -> packed SIDs ``[n]`` int64, without host synchronisation."""
+        if raw.is_meta:  # shapes alone: there is nothing to look up
+            return torch.empty_like(raw)
         packed = self.packed.index_select(0, self.place(raw))
         self.unknown_count += (packed < 0).sum()
         return packed

@@ -21,30 +21,50 @@ def check_kjt(features: KeyedJaggedTensor, needed: Sequence[str], *, weighted: b
     """Refuse a KJT that TorchRec would look up wrongly without a word.
 
     Raises:
-        SidError: a feature that is missing, values that are not one-dimensional, contiguous and integer,
-            lengths that do not add up, or weights that are missing or do not match.
+        SidError: a key twice, a feature that is missing, values that are not one-dimensional, contiguous
+            and integer, lengths that are negative, do not add up or contradict the offsets, or weights that
+            are missing or do not match.
     """
     present = features.keys()
-    missing = [name for name in needed if name not in present]
+    name = f"features {list(needed)}" if len(needed) > 1 else f"feature {needed[0]!r}"
+    if len(set(present)) < len(present):
+        key = next(key for key in present if present.count(key) > 1)
+        raise SidError(f"feature {key!r}", f"twice in the keys {present}", "Give every feature one key.")
+    missing = [key for key in needed if key not in present]
     if missing:
         raise SidError(
             f"feature {missing[0]!r}",
             f"not in the KeyedJaggedTensor, whose keys are {present}",
             "Add it to the batch, or rename it in feature_names.",
         )
-    name = f"features {list(needed)}" if len(needed) > 1 else f"feature {needed[0]!r}"
     check_layout(name, features.values())
+    weights = features.weights_or_none()
+    if weighted and weights is None:
+        raise SidError(
+            name, "no weights", "The collection has is_weighted=True: give every feature weights."
+        )
     if torch.compiler.is_compiling():  # what follows compares data; a program's inputs have one length each
         return
-    if (
-        not features.variable_stride_per_key()
-        and features.lengths().numel() != len(present) * features.stride()
-    ):
+    if weights is not None and weights.shape != features.values().shape:
         raise SidError(
             name,
-            f"{features.lengths().numel()} lengths for {len(present)} keys",
+            f"{tuple(weights.shape)} weights for {tuple(features.values().shape)} values",
+            "Give one weight per value, of every feature of the batch.",
+        )
+    _check_lengths(features, name)
+
+
+def _check_lengths(features: KeyedJaggedTensor, name: str) -> None:
+    lengths, present = features.lengths(), features.keys()
+    wanted = sum(features.stride_per_key())
+    if lengths.numel() != wanted:
+        raise SidError(
+            name,
+            f"{lengths.numel()} lengths for {len(present)} keys",
             "Give one length per key and example, key by key.",
         )
+    if lengths.is_meta:
+        return
     total = features.offset_per_key()[-1]
     if total != features.values().numel():
         raise SidError(
@@ -52,18 +72,25 @@ def check_kjt(features: KeyedJaggedTensor, needed: Sequence[str], *, weighted: b
             f"lengths sum to {total} but there are {features.values().numel()} values",
             "Make one length per key and example, in the order of the keys.",
         )
-    if weighted:
-        weights = features.weights_or_none()
-        if weights is None:
-            raise SidError(
-                name, "no weights", "The collection has is_weighted=True: give every feature weights."
-            )
-        if weights.shape != features.values().shape:
-            raise SidError(
-                name,
-                f"{tuple(weights.shape)} weights for {tuple(features.values().shape)} values",
-                "Give one weight per value, of every feature of the batch.",
-            )
+    offsets = features.offsets_or_none()
+    if offsets is not None and offsets.numel() != lengths.numel() + 1:
+        raise SidError(
+            name, f"{offsets.numel()} offsets for {lengths.numel()} lengths", "Give one more offset."
+        )
+    if lengths.device.type != "cpu":
+        # Reading the values would wait for the device: an assertion there stops the run.
+        torch._assert_async((lengths >= 0).all(), f"{name}: a negative length")
+        if offsets is not None:
+            agree = (offsets.diff() == lengths).all()
+            torch._assert_async(agree, f"{name}: lengths contradict offsets")
+        return
+    if lengths.numel() and int(lengths.min()) < 0:
+        place = int((lengths < 0).nonzero()[0])
+        raise SidError(name, f"length {int(lengths[place])} at position {place}", "Lengths are 0 or more.")
+    if offsets is not None and not bool((offsets.diff() == lengths).all()):
+        raise SidError(
+            name, "lengths that contradict the offsets", "Give one of them: TorchRec computes the other."
+        )
 
 
 def check_layout(name: str, values: Tensor) -> None:
@@ -101,6 +128,8 @@ def check_packed(feature: str, packed: Tensor, spec: SidSpec) -> Tensor | None:
     Raises:
         SidError: naming the feature, the value and its codes (on the CPU).
     """
+    if packed.is_meta:
+        return packed < 0
     if packed.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(
             (_within(packed, spec) | (packed == -1)).all(),

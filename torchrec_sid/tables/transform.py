@@ -85,7 +85,8 @@ class SidTransform(LeafModule):
         Raises:
             SidError: anything that would be looked up wrongly, naming feature, value and remedy.
         """
-        check_kjt(features, self._sources, weighted=self._weighted)
+        if self._sources:
+            check_kjt(features, self._sources, weighted=self._weighted)
         keys = features.keys()
         offsets = features.offset_per_key()
         values = features.values().to(torch.int64)
@@ -156,6 +157,8 @@ class BagTransform(SidTransform):
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """SIDs and ids -> rows, bag by bag; see :meth:`SidTransform.find` and :meth:`assemble`."""
         features = maybe_td_to_kjt(features)
+        if not self._keys:
+            return features
         return self.assemble(features, self.find(features), range(len(self._keys)))
 
 
@@ -193,6 +196,8 @@ class EventTransform(SidTransform):
         features = maybe_td_to_kjt(features)
         rows = self.find(features)
         result = [self.assemble(features, rows, self._single)] if self._single else []
+        if not self._keys:
+            result = [features]
         return (*result, *(self._pool(rows, group) for group in self._groups))
 
     def _pool(self, rows: Sequence[ItemRows], group: Mapping[str, Sequence[int]]) -> KeyedJaggedTensor:
