@@ -48,12 +48,13 @@ if TYPE_CHECKING:
     )
     from torchrec_sid.streams import EmbeddingStream
     from torchrec_sid.tables import (
-        CatalogLookup,
+        CatalogMap,
         HashedId,
         HashedPrefix,
         NGramGroups,
         PerLevel,
         PieceTrainerConfig,
+        Scheme,
         SentencePiece,
         Side,
         SidEmbeddingBagConfig,
@@ -96,12 +97,13 @@ _HOMES = {
     ),
     "streams": ("EmbeddingStream",),
     "tables": (
-        "CatalogLookup",
+        "CatalogMap",
         "HashedId",
         "HashedPrefix",
         "NGramGroups",
         "PerLevel",
         "PieceTrainerConfig",
+        "Scheme",
         "SentencePiece",
         "SidEmbeddingBagConfig",
         "SidEmbeddingConfig",

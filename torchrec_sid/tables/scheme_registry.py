@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.plugins import Registry
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.catalog_map import CatalogMap
 from torchrec_sid.tables.indexers import Indexer, LevelIndexer
@@ -36,10 +37,6 @@ class SidVectors(nn.Module):
         raise NotImplementedError
 
 
-SCHEMES: dict[str, type[Scheme]] = {}
-"""Label -> scheme; a class enters it when it is defined."""
-
-
 class Scheme:
     """How the SID of an item becomes a vector: which rows of which tables, or none at all.
 
@@ -52,12 +49,7 @@ class Scheme:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        other = SCHEMES.setdefault(cls.label, cls)
-        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise SidError(
-                f"scheme {cls.label!r}", f"{other.__qualname__} has that label", "Choose another label."
-            )
-        SCHEMES[cls.label] = cls
+        SCHEMES.add(cls.label, cls)
 
     @classmethod
     def for_rows(cls, spec: SidSpec, rows: int) -> Self:
@@ -103,3 +95,7 @@ class Scheme:
             device: of parameters; may be meta.
         """
         return None
+
+
+SCHEMES = Registry[type[Scheme]]("scheme")
+"""Label -> scheme; a class enters it when it is defined, also in a plugin's file."""
