@@ -81,7 +81,7 @@ def test_damaged_directories(good, tmp_path):
 
     def newer(checkpoint):
         manifest = checkpoint / "manifest.json"
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 2}))
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 3}))
 
     faults = {
         "flipped bit": (flip, "__1_0.distcp: its contents do not match the manifest"),
@@ -93,7 +93,10 @@ def test_damaged_directories(good, tmp_path):
         ),
         "edited manifest": (edit, "manifest.json: was altered"),
         "newer release": (newer, "Upgrade torchrec-sid."),
-        "empty manifest": (lambda c: (c / "manifest.json").write_text(""), "manifest.json: not a manifest"),
+        "empty manifest": (
+            lambda c: (c / "manifest.json").write_text(""),
+            "manifest.json: is not a manifest",
+        ),
         "no manifest": (lambda c: (c / "manifest.json").unlink(), "no manifest.json"),
     }
     cases = [(damaged(name, damage), CATALOG) for name, (damage, _) in faults.items()]
@@ -233,7 +236,7 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     first, second = run_ranks(save_into, 2, tmp_path / "file" / "checkpoints")
     assert first == second
     assert "Not a directory" in first
-    assert "Free space or pass another directory" in first
+    assert "Free space, or choose another folder" in first
 
 
 def save_bad_metadata(folder):

@@ -34,7 +34,7 @@ _SAYS = {
     errno.EACCES: "Permission denied",
     errno.EPERM: "Operation not permitted",
     errno.ENOTDIR: "Not a directory",
-    errno.EEXIST: "File exists",
+    errno.EEXIST: "Not a directory",  # only a folder is ever made where something may be
     errno.EISDIR: "Is a directory",
     errno.ELOOP: "Too many symbolic links",
     errno.ENAMETOOLONG: "File name too long",

@@ -299,8 +299,9 @@ def record_file(folder: str | Place, name: str, *, flush: bool = False) -> FileR
         name: of the file.
         flush: flush it to the disk first, for a file that some other library has written.
     """
-    with open_member(locate(folder), name) as file:
-        if flush:
+    place = locate(folder)
+    with open_member(place, name) as file:
+        if flush and isinstance(place, Path):
             with disk_errors(f"{folder}/{name}"):
                 os.fsync(file.fileno())
         return FileRecord(member_size(file), hash_stream(file))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
+_hints = functools.cache(typing.get_type_hints)
 
 
 class MismatchError(ValueError):
@@ -98,7 +100,7 @@ def _build(hint: Any, value: Any, at: str) -> Any:
         raise MismatchError(at, _kind(value), "It must be a mapping of names to values.")
     fields = _fields(hint)
     assert fields is not None
-    hints = typing.get_type_hints(hint)
+    hints = _hints(hint)
     for name in value:
         if name not in fields:
             raise MismatchError(at, f"unknown key {_short(name)}", f"Known keys are {', '.join(fields)}.")

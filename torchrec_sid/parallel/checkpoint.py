@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from torchrec_sid.artifact import FileRecord, Place, folder_lock, locate, record_file, write_atomically
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.checkpoint_files import (
     CheckpointInfo,
-    FileRecord,
-    hash_file,
+    begin,
+    discard,
     list_checkpoints,
-    next_name,
     prune,
     publish,
     read_checkpoint,
@@ -38,7 +36,14 @@ from torchrec_sid.parallel.checkpoint_files import (
     verify_files,
     write_manifest,
 )
-from torchrec_sid.parallel.dcp import WRITE_REMEDY, read_state, start_writing, stored_entries, write_state
+from torchrec_sid.parallel.dcp import (
+    METADATA,
+    WRITE_REMEDY,
+    read_state,
+    start_writing,
+    stored_entries,
+    write_state,
+)
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.state import check_entries, entry_names
 
@@ -49,12 +54,14 @@ class CheckpointManager:
     """Writes and reads the checkpoints of one run. All ranks construct it and call it in step.
 
     Args:
-        directory: where the checkpoints live, on a file system that all ranks share.
+        directory: where the checkpoints live: a path on a file system that all ranks share, or a URI. One
+            process tree writes there at a time (on object storage, that is the caller's to see to).
         keep: how many of the newest to keep, at least 1.
         asynchronous: copy the state to host memory and write it in a background thread while training goes
             on; a failure surfaces at the next call. At most one write is in flight.
         identity: what the state depends on, name -> fingerprint, e.g. ``{"catalog": catalog.fingerprint}``.
-            Saved with each checkpoint; :meth:`load` refuses a checkpoint with another value.
+            Saved with each checkpoint; :meth:`load` refuses a checkpoint with another value, and one that
+            depends on something else besides. None: load whatever is there.
         accepts: name in ``identity`` -> whether a checkpoint with that other value may be loaded all the
             same, e.g. ``{"catalog": catalog.extends}``: one that was only appended to. It is asked with
             an empty text about a checkpoint that does not state the name.
@@ -76,7 +83,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | Place,
         *,
         keep: int = 2,
         asynchronous: bool = False,
@@ -85,15 +92,25 @@ class CheckpointManager:
     ) -> None:
         if keep < 1:
             raise SidError("checkpoint.keep", str(keep), "Keep at least 1 checkpoint.")
-        self.directory = Path(directory).absolute()
+        place = locate(directory)
+        self.directory: Place = place.absolute() if isinstance(place, Path) else place
         self.keep = keep
         self.asynchronous = asynchronous
-        self.identity = dict(identity or {})
+        self.identity = None if identity is None else dict(identity)
         self.accepts = dict(accepts or {})
         self._ranks = Ranks.open()
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self._cleaned = False
+        self._claim = ExitStack()
+        self._claimed = False
+
+    def claim(self) -> None:
+        """Take the directory for this run until :meth:`close`; a collective call. The first save does too.
+
+        Raises:
+            SidError: another process writes there, on every rank, naming that process.
+        """
+        self._ranks.first(self._take, where=str(self.directory), remedy=WRITE_REMEDY)
 
     def latest(self) -> CheckpointInfo | None:
         """The newest complete checkpoint, or None. Checks its manifest and file sizes.
@@ -133,8 +150,8 @@ class CheckpointManager:
             SidError: on every rank, naming the rank and the cause; nothing older is lost.
         """
         self.wait()
-        begin = partial(self._begin, step, metadata)
-        temporary = self._ranks.first(begin, where=str(self.directory), remedy=WRITE_REMEDY)
+        start = partial(self._begin, step, metadata)
+        temporary = self._ranks.first(start, where=str(self.directory), remedy=WRITE_REMEDY)
         finish = partial(self._finish, temporary, step, dict(metadata), _copy_local(local))
         if self._thread is None:
             with self._discarding(temporary):
@@ -196,8 +213,8 @@ class CheckpointManager:
             mine = sorted(info.files)[self._ranks.rank :: self._ranks.size]
             self._ranks.all(lambda: verify_files(info, mine), where=where, remedy="Restore it from a copy.")
         wanted = set().union(*self._ranks.all(lambda: entry_names(state), where=where))
-        check_entries(where, wanted, stored_entries(info.path), tops=state, allow_extra=partial_state)
-        read_state(state, info.path, self._ranks.group)
+        check_entries(where, wanted, stored_entries(info.folder), tops=state, allow_extra=partial_state)
+        read_state(state, info.folder, self._ranks.group)
         return info.metadata
 
     def load_local(self, info: CheckpointInfo) -> list[dict[str, Tensor]]:
@@ -209,7 +226,7 @@ class CheckpointManager:
         names = [
             f"local-{r}.safetensors" for r in range(self._ranks.rank, info.world_size, self._ranks.size)
         ]
-        return [load_file(info.path / name) for name in names if name in info.files]
+        return [info.folder.tensors(name) for name in names if name in info.files]
 
     def close(self) -> None:
         """Wait for a write in flight and stop the background thread."""
@@ -218,6 +235,7 @@ class CheckpointManager:
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+            self._release()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -230,48 +248,52 @@ class CheckpointManager:
         elif self._thread is not None:
             # The run has failed: other ranks may be gone, and waiting for them would hide why.
             self._thread.shutdown(wait=False, cancel_futures=True)
+        self._release()
 
-    def _begin(self, step: int, metadata: Mapping[str, Any]) -> Path:
+    def _take(self) -> None:
+        if self._claimed:
+            return
+        if isinstance(self.directory, Path):
+            self._claim.enter_context(folder_lock(self.directory, wait=False))
+            self.directory.mkdir(exist_ok=True)
+        remove_leftovers(self.directory)
+        self._claimed = True
+
+    def _release(self) -> None:
+        self._claimed = False
+        self._claim.close()
+
+    def _begin(self, step: int, metadata: Mapping[str, Any]) -> Place:
         try:
             json.dumps(dict(metadata))
         except (TypeError, ValueError) as error:
             raise SidError(
                 "checkpoint metadata", str(error), "Pass numbers, strings, lists and dicts."
             ) from error
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not self._cleaned:
-            remove_leftovers(self.directory)
-            self._cleaned = True
-        temporary = self.directory / f".writing-{next_name(self.directory, step)}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        return temporary
+        self._take()
+        return begin(self.directory, step)
 
     def _finish(
-        self, temporary: Path, step: int, metadata: dict[str, Any], local: dict[str, Tensor] | None
+        self, temporary: Place, step: int, metadata: dict[str, Any], local: dict[str, Tensor] | None
     ) -> None:
         rank, where = self._ranks.rank, str(self.directory)
 
         def record() -> dict[str, FileRecord]:
             if local is not None:
                 path = temporary / f"local-{rank}.safetensors"
-                save_file(local, path)
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            paths = [*temporary.glob(f"__{rank}_*"), *temporary.glob(f"local-{rank}.*")]
-            if rank == 0:
-                paths.append(temporary / ".metadata")
-            return {path.name: hash_file(path) for path in paths}
+                write_atomically(path, lambda file: save_file(local, file))
+            mine = (f"__{rank}_", f"local-{rank}.", *((METADATA,) if rank == 0 else ()))
+            names = [entry.name for entry in temporary.iterdir() if entry.name.startswith(mine)]
+            return {name: record_file(temporary, name, flush=True) for name in names}
 
         def complete() -> None:
             files = {name: file for part in parts for name, file in part.items()}
             require_visible(temporary, files)
-            size, identity = self._ranks.size, self.identity
+            size, identity = self._ranks.size, self.identity or {}
             write_manifest(
                 temporary, step=step, world_size=size, identity=identity, metadata=metadata, files=files
             )
-            final = temporary.with_name(temporary.name.removeprefix(".writing-"))
-            publish(temporary, final)
+            publish(temporary)
             try:
                 prune(self.directory, self.keep)
             except OSError as error:  # the new checkpoint is complete: no reason to stop the run
@@ -281,30 +303,36 @@ class CheckpointManager:
         self._ranks.first(complete, where=where, remedy=WRITE_REMEDY)
 
     @contextmanager
-    def _discarding(self, temporary: Path) -> Iterator[None]:
+    def _discarding(self, temporary: Place) -> Iterator[None]:
         """Remove what was written if it cannot be completed."""
         try:
             yield
         except SidError:
             if self._ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+                discard(temporary)
             raise
 
     def _check_identity(self, info: CheckpointInfo) -> None:
-        for name, value in self.identity.items():
-            saved = info.identity.get(name)
-            if saved != value and name in self.accepts and self.accepts[name](saved or ""):
+        if self.identity is None:
+            return
+        # A checkpoint of an earlier release says less of what a run depends on.
+        known = info.identity if not info.folder.seal else {**info.identity, **self.identity}
+        for name in known:
+            saved, value = info.identity.get(name), self.identity.get(name)
+            if saved == value:
+                continue
+            if value and name in self.accepts and self.accepts[name](saved or ""):
                 logger.info(
                     "%s was trained with %s %s, which %s continues",
                     *(info.path, name, (saved or "not stated")[:12], value[:12]),
                 )
-            elif saved != value:
-                found = f"{name} {saved[:12]}" if saved else f"no {name}"
-                raise SidError(
-                    str(info.path),
-                    f"was trained with {found}, this run has {name} {value[:12]}",
-                    f"Pass the {name} of that run, or start a new run in another directory.",
-                )
+                continue
+            ours, theirs = (f"{name} {mark[:12]}" if mark else f"no {name}" for mark in (value, saved))
+            raise SidError(
+                str(info.path),
+                f"was trained with {theirs}, this run has {ours}",
+                f"Pass the {name} of that run, or start a new run in another directory.",
+            )
 
 
 def _copy_local(local: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
