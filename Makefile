@@ -1,31 +1,42 @@
-# Every target makes the environment it needs by itself. PYTHON is the interpreter it is made from.
-PYTHON ?= python3.11
+# Every target makes the environment it needs by itself: demo and paper a user's, lint and test a developer's.
+# PYTHON is the interpreter it is made from: the first of these that is there.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13,$(shell $(p) -c 'import venv; print("$(p)")' 2>/dev/null)))
 VENV := .venv
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+FOR_USERS := $(VENV)/.user
+FOR_DEVELOPERS := $(VENV)/.developer
+PINS := requirements-cpu.txt pyproject.toml setup.py packaging/fbgemm-gpu-cpu-shim/pyproject.toml
 
-.PHONY: setup demo paper lint test test-all clean
+.PHONY: setup demo paper lint test test-all check-docs docs dist clean
 
-setup: $(STAMP)
+setup: $(FOR_DEVELOPERS)
 
-$(STAMP): requirements-cpu.txt pyproject.toml packaging/fbgemm-gpu-cpu-shim/pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+$(PY):
+	$(if $(PYTHON),,$(error Python 3.11, 3.12 or 3.13 is needed and none is found; name one: make PYTHON=/path/to/python))
+	$(PYTHON) -m venv $(VENV)
+
+$(FOR_USERS): $(PINS) | $(PY)
 	$(PY) -m pip install --quiet -r requirements-cpu.txt
 	$(PY) -m pip check
-	touch $(STAMP)
+	touch $@
+
+$(FOR_DEVELOPERS): requirements-dev.txt $(PINS) | $(PY)
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	$(PY) -m pip check
+	touch $(FOR_USERS) $@
 
 # DATA: folder of a log (docs/data.md); without it a synthetic log is made. SEEDS: trainings per arm.
 OUT ?= out/$(if $(DATA),$(notdir $(DATA:/=)),synthetic)
 SEEDS ?= 1
-demo: $(STAMP)
+demo: $(FOR_USERS)
 	$(PY) -m apps.compare --output $(OUT) --seeds $(SEEDS) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 # TABLE: 1, 2, 3-history, 3-bytes, 3-new or 4 (apps/recipes.py); SEEDS trainings of each row.
 TABLE ?= 1
-paper: $(STAMP)
+paper: $(FOR_USERS)
 	$(PY) -m apps.paper --table $(TABLE) --data $(or $(DATA),../shared/data/ml1m) --seeds $(SEEDS) $(ARGS)
 
-lint: $(STAMP)
+lint: $(FOR_DEVELOPERS)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -37,6 +48,21 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# The pages: links, anchors, commands, and every example that is run.
+check-docs: $(FOR_DEVELOPERS)
+	$(PY) -m pytest tests/test_docs.py tests/test_readme.py tests/test_move_to_sids.py tests/*/test_docs.py
+
+# The reference of the library, from its docstrings: out/api/index.html.
+docs: $(FOR_DEVELOPERS)
+	$(PY) -m pdoc --docformat google --output-directory out/api torchrec_sid
+
+# A folder to install from elsewhere: pip install -r dist/requirements-cpu.txt
+dist: $(FOR_USERS)
+	rm -rf build dist
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist . ./packaging/fbgemm-gpu-cpu-shim
+	(echo "--find-links ."; sed -e '/^#/d' -e 's|^\./packaging.*|fbgemm-gpu==1.8.0+cpu.shim|' -e 's|^-e \.|torchrec-sid|' \
+		requirements-cpu.txt) > dist/requirements-cpu.txt
 
 clean:
 	rm -rf out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
