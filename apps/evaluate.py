@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     output = Path(config.run)
     run = open_run(_read_config(output), device)
     try:
-        position = run.loop.resume()
+        position = run.load_trained()
         if not position.step:
             raise SidError(str(output), "no checkpoint", "Train it first with apps.train.")
         slices = run.evaluate(config.split)

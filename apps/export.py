@@ -34,7 +34,14 @@ from torchrec_sid.serving.exporter import ExportOptions, ExportReport, Program, 
 from torchrec_sid.serving.quantized import Precision
 from torchrec_sid.serving.request import Bags, Request
 from torchrec_sid.serving.served_model import ServedModel
-from torchrec_sid.training.run import batch_config, build_run, open_checkpoints, open_stores, run_identity
+from torchrec_sid.training.run import (
+    batch_config,
+    build_run,
+    open_checkpoints,
+    open_stores,
+    run_identity,
+    trained_directory,
+)
 from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import parse_config, plain_errors
@@ -141,8 +148,8 @@ def open_run(config: ExportConfig) -> TrainedRun:
     stores = open_stores(train, log)
     ranking = build_run(train, log, stores)
     identity = run_identity(train, log, stores)
-    directory = Path(config.run) / "checkpoints"
-    with open_checkpoints(Path(config.run), identity, stores) as manager:
+    directory = trained_directory(Path(config.run))
+    with open_checkpoints(directory, identity, stores) as manager:
         info = manager.latest()
         if info is None:
             raise ArtifactError(str(directory), "no checkpoint", "Train it first with apps.train.")

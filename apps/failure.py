@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from torchrec_sid.errors import SidError
-
-from .rundir import rank_log
+from torchrec_sid.training.recorder import rank_log
 
 _KEY = "torchrec_sid/failures"
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")

@@ -5,33 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.doctor import find_versions
 from torchrec_sid.errors import SidError
-from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.plan_file import save_plan
-from torchrec_sid.training.loop import TrainResult
+from torchrec_sid.training.recorder import rank_log
 from torchrec_sid.training.run import Run
 
-logger = logging.getLogger(__name__)
-rank_log = logging.getLogger("torchrec_sid.rank")
-"""Goes to the log of this rank alone, not to the console."""
-rank_log.setLevel(logging.INFO)
-rank_log.propagate = False
-rank_log.addHandler(logging.NullHandler())
 _VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG")
 """Environment variables that change how a run behaves; others may hold secrets."""
 
@@ -107,62 +97,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-class StepRecorder:
-    """Called after each step: the loss to TensorBoard (rank 0), the speed of this rank to its log.
-
-    Args:
-        output: run directory.
-        rank: of this process.
-        every_steps: between two losses.
-        every_seconds: between two lines of the log.
-    """
-
-    def __init__(
-        self, output: Path, rank: int, *, every_steps: int = 20, every_seconds: float = 30.0
-    ) -> None:
-        self.every_steps = every_steps
-        self.every_seconds = every_seconds
-        self._board = SummaryWriter(str(output / "tensorboard")) if rank == 0 else None
-        self._since = time.perf_counter()
-        self._examples = 0
-
-    def __call__(self, step: int, output: RankingOutput) -> None:
-        """After step ``step`` (from 1)."""
-        self._examples += len(output.labels)
-        if self._board is not None and step % self.every_steps == 0:
-            self._board_does(lambda board: board.add_scalar("train/loss", float(output.loss), step))
-        if time.perf_counter() - self._since >= self.every_seconds:
-            self._log_speed(step)
-
-    def close(self, result: TrainResult) -> None:
-        """Write what is pending, and how the whole training went."""
-        rate = result.examples / max(result.seconds, 1e-9)
-        rank_log.info(
-            "%d steps in %.1f s, %.0f examples/s of this rank, %.1f s waiting for data, %.0f MB at most",
-            *(result.steps, result.seconds, rate, result.data_wait, peak_mb()),
-        )
-        self._board_does(lambda board: board.close())
-
-    def _log_speed(self, step: int) -> None:
-        rate = self._examples / (time.perf_counter() - self._since)
-        rank_log.info("step %d, %.0f examples/s of this rank, %.0f MB", step, rate, peak_mb())
-        self._since, self._examples = time.perf_counter(), 0
-
-    def _board_does(self, action: Any) -> None:
-        if self._board is None:
-            return
-        try:
-            action(self._board)
-        except OSError as error:
-            # A full disk under a plot is no reason to lose a run: the next checkpoint will say.
-            logger.warning("TensorBoard stops (%s)", error)
-            self._board = None
-
-
-def peak_mb() -> float:
-    """Largest memory of this process so far, in MB: of the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

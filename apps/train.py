@@ -20,15 +20,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchrec_sid.artifact import write_json
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.ranks import Ranks, process_group
-from torchrec_sid.training.loop import TrainResult
+from torchrec_sid.training.loop import Position, TrainResult
 from torchrec_sid.training.profile import StepProfiler
 from torchrec_sid.training.progress_line import TrainingProgress
+from torchrec_sid.training.recorder import StepRecorder, track_run
 from torchrec_sid.training.run import Run, open_run
 from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import parse_config, plain_errors
 from .failure import one_message
-from .rundir import StepRecorder, describe_run, open_rank_log, set_up_logging
+from .rundir import describe_run, open_rank_log, set_up_logging
 
 logger = logging.getLogger("apps.train")
 
@@ -59,8 +60,10 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     run = open_run(config, device)
     output = Path(config.output)
     try:
+        # A run that is not continued by this one is refused before anything of it is overwritten.
+        at = run.loop.resume()
         run.ranks.first(lambda: describe_run(run, output), where=config.output)
-        result = _run(run, output)
+        result = _run(run, output, at)
         slices = run.evaluate(config.evaluate_on)
     finally:
         run.close()
@@ -71,15 +74,17 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "identity": run.identity,
     }
     run.ranks.first(lambda: write_json(output / "metrics.json", report), where=config.output)
+    if run.ranks.rank == 0:
+        whole = slices["all"]
+        track_run(output, {"ne": whole.ne, "auc": whole.auc, "calibration": whole.calibration})
     return report
 
 
-def _run(run: Run, output: Path) -> TrainResult:
+def _run(run: Run, output: Path, at: Position) -> TrainResult:
     config, first = run.config, run.ranks.rank == 0
-    at = run.loop.resume()
     if at.step and first:
         logger.info("resuming after step %d", at.step)
-    recorder = StepRecorder(output, run.ranks.rank)
+    recorder = StepRecorder(output, run.ranks.rank, run.ranks.size, rates=run.rates)
     profiler = StepProfiler(output / "profile", config.profile, run.ranks.rank) if config.profile else None
 
     def on_step(step: int, out: RankingOutput) -> None:
@@ -87,6 +92,14 @@ def _run(run: Run, output: Path) -> TrainResult:
             profiler.step()
         recorder(step, out)
 
+    def validate(step: int) -> float | None:
+        slices = run.measure("valid")
+        recorder.evaluated(step, "valid", slices)
+        if first:
+            logger.info("step %d: validation NE %.5f", step, slices["all"].ne or float("nan"))
+        return slices["all"].ne
+
+    every = config.evaluate_every
     with TrainingProgress(run.steps, done=at.step, title=config.model.arm, enabled=first) as progress:
         result = run.loop.train(
             lambda epoch, start: run.read("train", epoch, start),
@@ -95,6 +108,8 @@ def _run(run: Run, output: Path) -> TrainResult:
             progress=progress,
             on_step=on_step,
             schedule=run.schedule.set,
+            validate=None if every is None else validate,
+            validate_every=every if isinstance(every, int) else 0,
         )
     if profiler is not None:
         profiler.close()

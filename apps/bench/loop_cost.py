@@ -14,9 +14,8 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.progress_line import TrainingProgress
-from torchrec_sid.training.schedule import LinearDecay
-
-from ..rundir import StepRecorder
+from torchrec_sid.training.recorder import StepRecorder
+from torchrec_sid.training.schedule import RateSchedule
 
 
 class _Still:
@@ -45,7 +44,7 @@ def loop_cost_us(folder: Path, steps: int = 20_000, rows: int = 512) -> float:
     still: Any = _Still(rows)
     loop.pipeline = still
     batches: Any = range(steps)
-    schedule = LinearDecay(optimizer, steps)
+    schedule = RateSchedule(optimizer.param_groups, steps)
     recorder, progress = StepRecorder(folder, 0), TrainingProgress(steps, every_seconds=3600)
     started = time.process_time()
     loop.train(lambda epoch, start: batches, 1, progress=progress, on_step=recorder, schedule=schedule.set)

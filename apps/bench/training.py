@@ -45,10 +45,11 @@ from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables import PieceTrainerConfig, SidPieces, train_pieces
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.progress_line import TrainingProgress
+from torchrec_sid.training.recorder import StepRecorder
 from torchrec_sid.training.run import batch_config, log_sizes
-from torchrec_sid.training.schedule import LinearDecay
+from torchrec_sid.training.schedule import RateSchedule
 
-from ..rundir import StepRecorder, set_up_logging
+from ..rundir import set_up_logging
 from .loop_cost import loop_cost_us
 
 _SPEC = SidSpec((64, 64, 64, 64))
@@ -257,7 +258,7 @@ def _our_loop(
         sharded.model, sharded.make_optimizer(make_dense), torch.device("cpu"), pipelined=pipelined
     )
     recorder = StepRecorder(folder, dist.get_rank())
-    schedule = LinearDecay(dense[0], 1_000_000)
+    schedule = RateSchedule(dense[0].param_groups, 1_000_000)
 
     # Made once in a run, as in apps.train; a repeat is one more epoch.
     progress = TrainingProgress(config.steps, enabled=dist.get_rank() == 0)

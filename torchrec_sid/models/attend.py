@@ -168,6 +168,11 @@ class SideChannel(ItemChannel):
 
     def forward(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> ChannelOutput:
         """``[B, 2 + pools + windows, D]``: the candidate first; ``[B, k]`` similarity features."""
+        # Code-space operators compute in float32.
+        with torch.autocast(self.action_values.device.type, enabled=False):
+            return self._forward(features, rows)
+
+    def _forward(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> ChannelOutput:
         item_bytes = rows["item_bytes"]
         target = self.projection(self.features(item_bytes)).unsqueeze(1)
         if not self.windows:

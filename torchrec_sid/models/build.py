@@ -124,6 +124,8 @@ def build_ranking(
     sizes: LogSizes,
     stores: Iterable[ItemStore] = (),
     *,
+    positive_weight: float = 1.0,
+    autocast: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Ranking:
     """Build the model; random numbers come from torch's global generator.
@@ -132,6 +134,8 @@ def build_ranking(
         config: sizes and arm.
         sizes: of the log.
         stores: what its items are, for the channels of the arm; others are left out.
+        positive_weight: weight of label 1 in the loss.
+        autocast: dtype of the dense part's products; None: float32.
         device: where it is built.
 
     Raises:
@@ -171,7 +175,8 @@ def build_ranking(
         # A batch carries some feature, even where the model reads none.
         fields = [name for name in fields if not name.startswith("history")] or ["item"]
     read = tuple(inputs.store(store) for store in arm.stores)
-    return Ranking(HistoryDLRMTrain(model), arm, read, tuple(fields), tuple(config.tasks))
+    module = HistoryDLRMTrain(model, positive_weight, autocast)
+    return Ranking(module, arm, read, tuple(fields), tuple(config.tasks))
 
 
 def _channels(config: RankingConfig, arm: Arm, inputs: ChannelInputs) -> dict[str, ItemChannel]:

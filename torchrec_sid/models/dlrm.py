@@ -12,6 +12,7 @@ from torchrec.models.dlrm import DenseArch, OverArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from torchrec_sid.devices import buffer_device
+from torchrec_sid.errors import SidError
 from torchrec_sid.models.attend import ItemChannel
 
 
@@ -102,6 +103,11 @@ class HistoryDLRM(nn.Module):
             self.interaction = CrossInteraction(fields * dim, cross_layers, cross_rank, device)
         width = self.interaction.out_features(dim)
         self.tasks = nn.ModuleList(OverArch(width, [*over_layers, 1], device=device) for _ in range(tasks))
+
+    @property
+    def dense_device(self) -> torch.device:
+        """Where the dense parameters live."""
+        return next(self.dense.parameters()).device
 
     def forward(
         self,
@@ -206,20 +212,38 @@ class CrossInteraction(nn.Module):
 
 
 class HistoryDLRMTrain(nn.Module):
-    """Adds the loss: :class:`ExampleBatch` -> (mean cross-entropy over rows of weight 1, RankingOutput).
+    """Adds the loss: :class:`ExampleBatch` -> (weighted mean cross-entropy, RankingOutput).
 
     Several tasks weigh the same.
+
+    Args:
+        model: what is trained.
+        positive_weight: weight of label 1 in the loss.
+        autocast: dtype of the dense part's products; None: float32.
+
+    Raises:
+        SidError: a weight that is not positive.
     """
 
-    def __init__(self, model: HistoryDLRM) -> None:
+    def __init__(
+        self, model: HistoryDLRM, positive_weight: float = 1.0, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
+        if not positive_weight > 0:
+            raise SidError("positive_weight", str(positive_weight), "Give a positive weight.")
         self.model = model
+        self.positive_weight = positive_weight
+        self.autocast = autocast
 
     def forward(self, batch: ExampleBatch) -> tuple[Tensor, RankingOutput]:
         """Loss (scalar) and what metrics need, as TorchRec's pipelines expect them."""
-        logits = self.model(batch.dense, batch.features, batch.rows)
+        kind = self.model.dense_device.type
+        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+            logits = self.model(batch.dense, batch.features, batch.rows).float()
         several = len(self.model.tasks) > 1
         weights = batch.weights.unsqueeze(1).expand_as(logits) if several else batch.weights
+        if self.positive_weight != 1:
+            weights = weights * (1 + (self.positive_weight - 1) * batch.labels)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
             logits, batch.labels, weight=weights, reduction="sum"
         ) / weights.sum().clamp(min=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from torchrec_sid.models.dlrm import RankingOutput, by_task
 from torchrec_sid.parallel.checkpoint import CheckpointManager
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
+from torchrec_sid.training.early_stopping import EarlyStopping
 from torchrec_sid.training.progress_line import TrainingProgress
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ class TrainingLoop:
         ranks: the processes that train together; None: those of the default process group.
         checkpoints: where to save and from where to resume; None: neither.
         checkpoint_every: steps between two checkpoints; 0: only at the end of training.
+        stopping: watches the validation; None: training is not validated.
+        best: where the best state is kept, which training ends with; None: it ends with the last.
         metadata: saved with every checkpoint, JSON-serialisable.
         pipelined: distribute the ids of the next batch while this one is computed.
     """
@@ -86,6 +90,8 @@ class TrainingLoop:
         ranks: Ranks | None = None,
         checkpoints: CheckpointManager | None = None,
         checkpoint_every: int = 0,
+        stopping: EarlyStopping | None = None,
+        best: CheckpointManager | None = None,
         metadata: Mapping[str, Any] | None = None,
         pipelined: bool = True,
     ) -> None:
@@ -95,9 +101,11 @@ class TrainingLoop:
         self.ranks = ranks or Ranks.open()
         self.checkpoints = checkpoints
         self.checkpoint_every = checkpoint_every
+        self.stopping = stopping
+        self.best = best
         self.metadata = dict(metadata or {})
         self.position = Position()
-        self._saved = 0
+        self._saved = self._validated = 0
         self._loss: torch.Tensor | None = None
         self.pipeline: TrainPipelineSparseDist | None = None
         if pipelined and any(isinstance(module, ShardedModule) for module in model.modules()):
@@ -110,15 +118,22 @@ class TrainingLoop:
         Raises:
             SidError: the newest checkpoint does not fit this run or is damaged.
         """
-        info = self.checkpoints.latest() if self.checkpoints is not None else None
-        if self.checkpoints is not None and info is not None:
-            prepare_to_load(self.optimizer)
-            state = training_state(self.model, self.optimizer)
-            saved = self.checkpoints.load(info, state)
-            apply_training_state(self.model, self.optimizer, state)
+        saved = self._load(self.checkpoints)
+        if saved is not None:
             self.position = Position(**saved["position"])
             self._saved = self.position.step
+            if self.stopping is not None and "stopping" in saved:
+                self.stopping.load(saved["stopping"])
         return self.position
+
+    def restore_best(self) -> Position | None:
+        """Take the state with the best validation; None where none was kept.
+
+        Raises:
+            SidError: it does not fit this run or is damaged.
+        """
+        saved = self._load(self.best)
+        return None if saved is None else Position(**saved["position"])
 
     def train(
         self,
@@ -129,8 +144,12 @@ class TrainingLoop:
         progress: TrainingProgress | None = None,
         on_step: Callable[[int, RankingOutput], None] | None = None,
         schedule: Callable[[int], None] | None = None,
+        validate: Callable[[int], float | None] | None = None,
+        validate_every: int = 0,
     ) -> TrainResult:
-        """Train until ``epochs`` are complete, or ``max_steps`` steps are done in all.
+        """Train until ``epochs`` are complete, ``max_steps`` steps are done, or validation says stop.
+
+        With ``stopping`` and ``best`` the model ends with the state that validated best.
 
         Args:
             open_epoch: ``(epoch, first_batch)`` -> the batches of that epoch from that one on. A rank with
@@ -140,43 +159,51 @@ class TrainingLoop:
             progress: where to show it.
             on_step: called after each step with its number (from 1) and output.
             schedule: called before each step with the number of steps done, to set learning rates.
+            validate: called with the number of steps done; returns what ``stopping`` watches, the same on
+                every rank.
+            validate_every: steps between two calls, and one at the end; 0: at the end of each epoch.
         """
         self.model.train()
         if schedule is not None:
             schedule(self.position.step)
         first, started, examples, waits = self.position.step, time.perf_counter(), 0, _Waits()
-        while self.position.epoch < epochs:
+        while self.position.epoch < epochs and not self._stops():
             batches = open_epoch(self.position.epoch, self.position.batch)
-            counts = self._counts(batches)
-            limit = min(counts)
-            if limit < max(counts):
-                logger.warning(
-                    "ranks have %d to %d batches; the last ones are left out", limit, max(counts)
-                )
-            if max_steps is not None:
-                limit = min(limit, max_steps - self.position.step)
-            for output in self._progress(waits.watch(itertools.islice(batches, limit))):
-                self._advance()
-                examples += len(output.labels)
-                self._loss = output.loss
-                step = self.position.step
-                if schedule is not None:
-                    schedule(step)
-                if on_step is not None:
-                    on_step(step, output)
-                if progress is not None and progress.due:
-                    # Every rank trains on as many examples.
-                    rate = examples * self.ranks.size / (time.perf_counter() - started)
-                    progress.show(step, rate, float(output.loss))
-                if self.checkpoint_every and step % self.checkpoint_every == 0:
-                    self.save()
-            if max_steps is not None and self.position.step >= max_steps:
+            left = self._limit(batches, max_steps)
+            source = waits.watch(batches)
+            while left > 0 and not self._stops():
+                # The pipeline runs dry before an evaluation: it reads ahead from one iterator.
+                size = min(left, _until(self.position.step, validate_every)) if validate else left
+                for number, output in enumerate(self._progress(itertools.islice(source, size)), 1):
+                    self._advance()
+                    examples += len(output.labels)
+                    self._loss = output.loss
+                    step = self.position.step
+                    if schedule is not None:
+                        schedule(step)
+                    if on_step is not None:
+                        on_step(step, output)
+                    if progress is not None and progress.due:
+                        # Every rank trains on as many examples.
+                        rate = examples * self.ranks.size / (time.perf_counter() - started)
+                        progress.show(step, rate, float(output.loss))
+                    if number < size:
+                        self._save_if_due()
+                left -= size
+                if validate is not None and (step % validate_every == 0 if validate_every else not left):
+                    self._validate(validate)
+                self._save_if_due()
+            if self._stops() or (max_steps is not None and self.position.step >= max_steps):
                 break
             self.position = Position(self.position.epoch + 1, 0, self.position.step)
         steps = self.position.step - first
         seconds = time.perf_counter() - started
+        if steps and validate is not None and self._validated != self.position.step:
+            self._validate(validate)
         if steps:
             self.save()
+        if self.stopping is not None:
+            self.restore_best()
         return TrainResult(self.position, steps, seconds, examples, waits.seconds)
 
     def save(self) -> None:
@@ -184,11 +211,7 @@ class TrainingLoop:
         if self.checkpoints is None or self._saved == self.position.step:
             return
         self._saved = self.position.step
-        self.checkpoints.save(
-            self.position.step,
-            training_state(self.model, self.optimizer),
-            {**self.metadata, "position": asdict(self.position), "metrics": self._metrics()},
-        )
+        self._write(self.checkpoints)
 
     def evaluate(
         self,
@@ -234,6 +257,45 @@ class TrainingLoop:
                     )
         return {name: metrics for head in heads for name, metrics in head.compute().items()}
 
+    def _write(self, checkpoints: CheckpointManager) -> None:
+        metadata = {**self.metadata, "position": asdict(self.position), "metrics": self._metrics()}
+        if self.stopping is not None:
+            metadata["stopping"] = self.stopping.state()
+        checkpoints.save(self.position.step, training_state(self.model, self.optimizer), metadata)
+
+    def _load(self, checkpoints: CheckpointManager | None) -> dict[str, Any] | None:
+        """Take the newest state; what was saved with it, or None where there is none."""
+        info = checkpoints.latest() if checkpoints is not None else None
+        if checkpoints is None or info is None:
+            return None
+        prepare_to_load(self.optimizer)
+        state = training_state(self.model, self.optimizer)
+        saved = checkpoints.load(info, state)
+        apply_training_state(self.model, self.optimizer, state)
+        return saved
+
+    def _save_if_due(self) -> None:
+        if self.checkpoint_every and self.position.step % self.checkpoint_every == 0:
+            self.save()
+
+    def _validate(self, validate: Callable[[int], float | None]) -> None:
+        value = validate(self.position.step)
+        self._validated = self.position.step
+        self.model.train()
+        if self.stopping is not None and self.stopping.observe(self.position.step, value) and self.best:
+            self._write(self.best)
+
+    def _stops(self) -> bool:
+        return self.stopping is not None and self.stopping.stop
+
+    def _limit(self, batches: Batches, max_steps: int | None) -> int:
+        """How many of the batches every rank trains on."""
+        counts = self._counts(batches)
+        limit = min(counts)
+        if limit < max(counts):
+            logger.warning("ranks have %d to %d batches; the last ones are left out", limit, max(counts))
+        return limit if max_steps is None else min(limit, max_steps - self.position.step)
+
     def _metrics(self) -> dict[str, float]:
         """What a checkpoint says of the training: the last loss of rank 0."""
         return {} if self._loss is None else {"loss": float(self._loss)}
@@ -256,6 +318,11 @@ class TrainingLoop:
             except StopIteration:
                 return
             yield output
+
+
+def _until(step: int, every: int) -> int:
+    """Steps from ``step`` to the next multiple of ``every``; without one, as many as there are."""
+    return every - step % every if every else sys.maxsize
 
 
 class _Waits:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torchrec.optim.keyed import CombinedOptimizer
 
 from torchrec_sid.artifact import save_artifact
 from torchrec_sid.data.batch import BatchConfig
@@ -33,8 +34,9 @@ from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
 from torchrec_sid.seeding import derived_generator
-from torchrec_sid.training.loop import TrainingLoop
-from torchrec_sid.training.schedule import LinearDecay
+from torchrec_sid.training.early_stopping import EarlyStopping
+from torchrec_sid.training.loop import Position, TrainingLoop
+from torchrec_sid.training.schedule import RateSchedule, clip_gradients, make_dense_optimizer
 from torchrec_sid.training.train_config import TrainConfig
 
 PREDICTIONS = "predictions"
@@ -124,7 +126,14 @@ def build_run(
 ) -> Ranking:
     """The unsharded model of a run, its dense weights drawn from the run's seed."""
     torch.manual_seed(config.seed)
-    return build_ranking(config.model, log_sizes(log), stores, device=device)
+    return build_ranking(
+        config.model,
+        log_sizes(log),
+        stores,
+        positive_weight=config.positive_weight,
+        autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+        device=device,
+    )
 
 
 # Stage 4: over processes.
@@ -178,11 +187,13 @@ class Run:
     ranking: Ranking
     sharded: ShardedModel
     loop: TrainingLoop
-    schedule: LinearDecay
-    """Of the dense learning rate."""
+    schedule: RateSchedule
+    """Of the learning rates."""
     identity: dict[str, str]
     """Fingerprints of what the weights depend on."""
     sizes: RunSizes
+    rates: dict[str, list[dict[str, Any]]]
+    """Parameter groups whose learning rates are worth watching, by name."""
 
     @property
     def steps(self) -> int:
@@ -214,6 +225,16 @@ class Run:
             workers=self.config.workers,
         )
 
+    def measure(
+        self, split: str, on_batch: Callable[[RankingOutput], None] | None = None
+    ) -> dict[str, SliceMetrics]:
+        """Metrics by slice of a split, the same on every rank."""
+        return self.loop.evaluate(self.read(split), self.batch_size, on_batch, self.ranking.task_names)
+
+    def load_trained(self) -> Position:
+        """Take the state that a training ended with: the best where validation chose, else the newest."""
+        return self.loop.restore_best() or self.loop.resume()
+
     def evaluate(self, split: str) -> dict[str, SliceMetrics]:
         """Metrics by slice of a split, the same on every rank; writes this rank's predictions if asked."""
         parts: list[Tensor] = []
@@ -222,7 +243,7 @@ class Run:
             parts.append(torch.sigmoid(output.logits[output.weights > 0]).cpu())
 
         on_batch = keep if self.config.predictions else None
-        slices = self.loop.evaluate(self.read(split), self.batch_size, on_batch, self.ranking.task_names)
+        slices = self.measure(split, on_batch)
         if self.config.predictions:
             save_artifact(
                 Path(self.config.output) / f"predictions-rank-{self.ranks.rank}.safetensors",
@@ -235,8 +256,9 @@ class Run:
 
     def close(self) -> None:
         """Wait for checkpoints in flight."""
-        if self.loop.checkpoints is not None:
-            self.loop.checkpoints.close()
+        for checkpoints in (self.loop.checkpoints, self.loop.best):
+            if checkpoints is not None:
+                checkpoints.close()
 
 
 def open_run(config: TrainConfig, device: torch.device) -> Run:
@@ -256,41 +278,74 @@ def open_run(config: TrainConfig, device: torch.device) -> Run:
     sizes = RunSizes.of(ranking)
     sharded = shard_run(config, log, ranking, ranks, device)
     identity = run_identity(config, log, stores)
-    dense: list[torch.optim.Optimizer] = []
-
-    def make_dense(parameters: Any) -> torch.optim.Optimizer:
-        dense.append(torch.optim.Adam(parameters, lr=config.dense_lr))
-        return dense[-1]
-
+    optimizer, schedule, rates = make_optimizers(config, sharded, _steps(config, log))
+    output = Path(config.output)
+    validated = config.evaluate_every is not None
     loop = TrainingLoop(
         sharded.model,
-        sharded.make_optimizer(make_dense),
+        optimizer,
         device,
         ranks=ranks,
         checkpoints=open_checkpoints(
-            Path(config.output), identity, stores, config.asynchronous_checkpoints
+            output / "checkpoints", identity, stores, config.asynchronous_checkpoints
         ),
         checkpoint_every=config.checkpoint_every,
+        stopping=EarlyStopping(config.patience) if validated else None,
+        best=open_checkpoints(output / "best", identity, stores) if validated else None,
         metadata={"config": asdict(config), "world_size": ranks.size, "plan": plan_to_json(sharded.plan)},
         pipelined=config.pipelined,
     )
-    schedule = LinearDecay(dense[0], _steps(config, log))
-    return Run(config, ranks, log, ranking, sharded, loop, schedule, identity, sizes)
+    return Run(config, ranks, log, ranking, sharded, loop, schedule, identity, sizes, rates)
+
+
+class Optimizers(NamedTuple):
+    """What trains a model."""
+
+    all: CombinedOptimizer
+    """Over all parameters."""
+    schedule: RateSchedule
+    """Of learning rates."""
+    rates: dict[str, list[dict[str, Any]]]
+    """Parameter groups by what they train: dense, tables."""
+
+
+def make_optimizers(config: TrainConfig, sharded: ShardedModel, steps: int) -> Optimizers:
+    """The optimizer of all parameters, and the schedule of its learning rates over ``steps``."""
+    dense: list[torch.optim.Optimizer] = []
+
+    def make_dense(parameters: Any) -> torch.optim.Optimizer:
+        name, options = config.dense_optimizer, config.dense_options
+        dense.append(make_dense_optimizer(name, parameters, config.dense_lr, options))
+        if config.clip_norm is not None:
+            clip_gradients(dense[-1], config.clip_norm)
+        return dense[-1]
+
+    optimizer = sharded.make_optimizer(make_dense)
+    groups = optimizer.param_groups if config.schedule_tables else dense[0].param_groups
+    schedule = RateSchedule(groups, steps, config.schedule, config.schedule_options, config.warmup_steps)
+    rates = {"dense": dense[0].param_groups, "tables": list(sharded.model.fused_optimizer.param_groups)}
+    return Optimizers(optimizer, schedule, rates)
 
 
 def open_checkpoints(
-    output: Path, identity: dict[str, str], stores: Iterable[ItemStore], asynchronous: bool = False
+    directory: Path, identity: dict[str, str], stores: Iterable[ItemStore], asynchronous: bool = False
 ) -> CheckpointManager:
-    """The checkpoints of a run directory; catalogs may have been appended to since."""
+    """Checkpoints of a run; catalogs may have been appended to since."""
     # Runs of earlier releases do not state their content.
     accepts: dict[str, Callable[[str], bool]] = {"content": lambda saved: not saved}
     accepts |= {name: catalog.extends for store in stores for name, catalog in store.catalogs.items()}
     return CheckpointManager(
-        output / "checkpoints",
+        directory,
         asynchronous=asynchronous,
         identity=identity,
         accepts=accepts,
     )
+
+
+def trained_directory(output: Path) -> Path:
+    """Where a run keeps the state that its training ended with."""
+    best = output / "best"
+    return best if best.is_dir() else output / "checkpoints"
 
 
 def batch_config(ranking: Ranking, batch_size: int, history_length: int) -> BatchConfig:

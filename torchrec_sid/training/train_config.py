@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.parallel.optimizer import TableOptimizer
 
@@ -44,7 +46,27 @@ class TrainConfig:
     tables: TableOptimizer = TABLE_OPTIMIZER
     """Optimizer of the embedding tables."""
     dense_lr: float = 2e-3
-    """First learning rate of Adam on everything else; it falls linearly over the run."""
+    """First learning rate of everything else."""
+    dense_optimizer: str = "Adam"
+    """Optimizer of everything else: a class of torch.optim."""
+    dense_options: dict[str, float] = field(default_factory=dict)
+    """Its further arguments, such as weight_decay."""
+    schedule: str = "linear"
+    """How learning rates change over the run: linear (falls to a share: final, .05), constant, or a class
+    of torch.optim.lr_scheduler, whose length is the run's."""
+    schedule_options: dict[str, float] = field(default_factory=dict)
+    """Its further arguments; rates among them are shares of the first one."""
+    warmup_steps: int = 0
+    """Steps over which learning rates first rise linearly."""
+    schedule_tables: bool = False
+    """The learning rate of the tables follows the schedule too; else it stays."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of the dense parameters; tables are updated in the backward pass, row by
+    row, and not clipped."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the dense part's products: bfloat16 runs it under autocast. Tables and loss stay float32."""
+    positive_weight: float = 1.0
+    """Weight of examples with label 1 in the loss, against 1 for label 0."""
     batch_size: int = 512
     """Rows per step over all processes."""
     epochs: int = 1
@@ -53,6 +75,11 @@ class TrainConfig:
     """Stop after this many steps."""
     evaluate_on: str = "test"
     """Split of the final metrics: valid or test."""
+    evaluate_every: int | Literal["epoch"] | None = None
+    """Evaluate on the validation split after so many steps, or after each epoch. The state with the best NE
+    is kept in OUTPUT/best, and the run ends with it."""
+    patience: int = 0
+    """Stop after this many evaluations without a better NE; 0: train to the end."""
     seed: int = 0
     """Of the weights."""
     workers: int = 0
@@ -73,6 +100,13 @@ class TrainConfig:
     """Write what each rank predicts for the evaluated split to OUTPUT/predictions-rank-R.safetensors."""
     profile: int = 0
     """Steps to profile; writes traces and their parts to OUTPUT/profile."""
+
+    def __post_init__(self) -> None:
+        every = self.evaluate_every
+        if isinstance(every, int) and every < 1:
+            raise SidError("evaluate_every", str(every), "Give a number of steps, epoch, or leave it out.")
+        if self.patience and every is None:
+            raise SidError("patience", f"{self.patience} without evaluations", "Set evaluate_every too.")
 
     @property
     def options(self) -> dict[str, str | None]:
