@@ -1,6 +1,10 @@
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +34,8 @@ REQUIREMENTS = [
     "torchrec (>=1.6,<1.9)",
     "torchx<0.8,>=0.7",
     'faiss-cpu>=1.9; extra == "bench"',
+    "fbgemm-gpu<1.9,>=1.6",
+    'kubernetes>=99; python_version < "3"',
 ]
 
 
@@ -51,20 +57,25 @@ def test_older_cuda_set_is_fine():
 @pytest.mark.parametrize(
     ("change", "probe", "found", "remedy"),
     [
-        ({"torchrec": None}, FINE, "torchrec is not installed", "pip install 'torchrec>=1.6,<1.9'"),
-        ({"torchx": None}, FINE, "torchx is not installed", "pip install 'torchx<0.8,>=0.7'"),
+        ({"torchrec": None}, FINE, "torchrec is not installed", "-m pip install 'torchrec<1.9,>=1.6'"),
+        ({"torchx": None}, FINE, "torchx is not installed", "-m pip install 'torchx<0.8,>=0.7'"),
         (
             {"torchx": "0.8.1"},
             FINE,
             "torchx is 0.8.1, this package needs <0.8,>=0.7",
-            "pip install 'torchx",
+            "-m pip install 'torchx",
         ),
         ({"torchrec": "1.7.0"}, FINE, "torchrec is 1.7.0, torch 2.13 goes with 1.8", "torchrec==1.8.*"),
-        ({"fbgemm-gpu": "1.9.0"}, None, "both installed", "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu"),
-        ({"fbgemm-gpu": None}, FINE, "pip check complains", "./packaging/fbgemm-gpu-cpu-shim"),
-        ({"fbgemm-gpu-cpu": None}, None, "fbgemm is not installed", "fbgemm-gpu-cpu==1.8.0"),
-        ({"fbgemm-gpu-cpu": "1.7.0"}, FINE, "fbgemm is 1.7.0, torch 2.13 goes with 1.8", "1.8.0"),
-        ({}, Probe(None, 0, "OSError: x.so"), "fails: OSError: x.so", "fbgemm-gpu-cpu==1.8.0"),
+        ({"fbgemm-gpu": "1.9.0"}, None, "both installed", "pip uninstall --yes fbgemm-gpu fbgemm-gpu-cpu"),
+        ({"fbgemm-gpu": None}, FINE, "pip check complains", "packaging/fbgemm-gpu-cpu-shim"),
+        ({"fbgemm-gpu-cpu": None}, None, "fbgemm is not installed", "fbgemm-gpu-cpu==1.8.*"),
+        (
+            {"fbgemm-gpu-cpu": "1.7.0"},
+            FINE,
+            "fbgemm is 1.7.0, torch 2.13 goes with 1.8",
+            "fbgemm-gpu-cpu==1.8.*",
+        ),
+        ({}, Probe(None, 0, "OSError: x.so"), "fails: OSError: x.so", "fbgemm-gpu-cpu==1.8.*"),
         (
             {},
             Probe("13.0", 2, None),
@@ -82,7 +93,7 @@ def test_each_fault_is_named_with_its_remedy(change, probe, found, remedy):
 def test_cuda_fbgemm_on_a_cpu_torch():
     problem = only(diagnose({**CUDA, "torch": "2.13.0+cpu"}, REQUIREMENTS, None))
     assert "CUDA build" in problem.what
-    assert problem.remedy.startswith("pip uninstall -y fbgemm-gpu")
+    assert "-m pip uninstall --yes fbgemm-gpu" in problem.remedy
 
 
 def test_a_torch_outside_the_range_lists_the_sets():
@@ -128,6 +139,7 @@ def test_this_environment_is_fine_and_the_command_says_so(capsys):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Everything fits." in run.stdout
+    assert re.search(r"CPU kernels +(prebuilt for|compiled into)", run.stdout)
 
 
 def test_the_command_fails_when_something_is_wrong(monkeypatch, capsys):
@@ -135,4 +147,42 @@ def test_the_command_fails_when_something_is_wrong(monkeypatch, capsys):
     assert main(["--no-imports"]) == 1
     out = capsys.readouterr().out
     assert "WRONG  torchrec is" in out
-    assert "  mend pip install 'torchrec==9.9.*'" in out
+    assert "  mend " in out and "-m pip install 'torchrec==9.9.*'" in out
+
+
+def test_every_remedy_can_be_followed_from_any_folder(tmp_path, monkeypatch):
+    """Each is commands of this interpreter's pip that parse; each path that they name exists."""
+    monkeypatch.chdir(tmp_path)
+    faults = [
+        {"torch": None},
+        {"torch": "2.9.1"},
+        {"torch": "2.12.0", "torchrec": "1.8.0"},
+        {"fbgemm-gpu": None},
+        {"fbgemm-gpu": "1.9.0"},
+        {"fbgemm-gpu": None, "fbgemm-gpu-cpu": None},
+        {"fbgemm-gpu-cpu": None, "fbgemm-gpu": "1.8.0"},
+    ]
+    for fault in faults:
+        for probe in (None, FINE, GPU, Probe(None, 0, "OSError: x.so")):
+            for problem in diagnose({**CPU, **fault}, REQUIREMENTS, probe):
+                for command in re.split(r"; | && ", problem.remedy):
+                    words = shlex.split(command)
+                    assert words[:3] == [sys.executable, "-m", "pip"], problem
+                    assert words[3] in ("install", "uninstall")
+                    paths = [Path(word) for word in words[4:] if "/" in word]
+                    assert all((path / "pyproject.toml").is_file() for path in paths), problem
+
+
+def test_the_doctor_runs_where_torch_does_not_import(tmp_path):
+    """A broken torch is what it is asked about."""
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open shared object file')")
+    run = subprocess.run(
+        [sys.executable, "-m", "torchrec_sid.doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        timeout=180,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "libtorch.so: cannot open" in run.stdout

@@ -15,7 +15,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torchrec_sid.errors import ArtifactError, SidError
-from torchrec_sid.spec import SidSpec
 
 if TYPE_CHECKING:
     from torchrec_sid.catalog import SidCatalog, add_last_digit, measure_drift
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
         SimilarityConfig,
         SimilarityFeatures,
     )
+    from torchrec_sid.spec import SidSpec
     from torchrec_sid.streams import EmbeddingStream
     from torchrec_sid.tables import (
         CatalogMap,
@@ -95,6 +95,7 @@ _HOMES = {
         "SimilarityConfig",
         "SimilarityFeatures",
     ),
+    "spec": ("SidSpec",),
     "streams": ("EmbeddingStream",),
     "tables": (
         "CatalogMap",
@@ -116,7 +117,7 @@ _HOMES = {
 """Module of this package -> the names that it gives."""
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = ["ArtifactError", "SidError", "SidSpec", "__version__", *_HOME]
+__all__ = ["ArtifactError", "SidError", "__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

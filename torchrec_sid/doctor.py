@@ -3,6 +3,8 @@
 torchrec does not pin its fbgemm-gpu, fbgemm-gpu and fbgemm-gpu-cpu overwrite each other's files, and a
 build for another torch fails with a linker's message. Everything is read from the packages' metadata; what
 imports is tried in a process of its own, so that a broken package cannot take the doctor down.
+
+Remedies are commands for the environment that the doctor runs in: they need neither a checkout nor a file.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 PACKAGES = (
     "torchrec-sid",
@@ -28,6 +34,8 @@ PACKAGES = (
     "torchmetrics",
     "numpy",
     "pyarrow",
+    "ibis-framework",
+    "duckdb",
     "safetensors",
     "sentencepiece",
     "jsonargparse",
@@ -42,12 +50,20 @@ PACKAGES = (
 MATCHING = {"2.13": "1.8", "2.12": "1.7", "2.11": "1.6"}
 """torch -> the torchrec and fbgemm that were built for it (FBGEMM's table of releases)."""
 _SHIM = "cpu.shim"
+_SHIM_FOLDERS = (
+    Path(__file__).parent / "fbgemm_shim",
+    Path(__file__).parents[1] / "packaging" / "fbgemm-gpu-cpu-shim",
+)
+"""Where the stand-in for fbgemm-gpu lies in a wheel and in a checkout."""
 _PROBE = """
 import json, torch
 print(json.dumps({"cuda_build": torch.version.cuda, "gpus": torch.cuda.device_count()}), flush=True)
 import fbgemm_gpu
 import torchrec
 import torchrec.distributed
+from torchrec_sid.side.kernels.compiler import load_library
+built = load_library()
+print(json.dumps({"kernels": built.origin or f"none: {built.reason}"}), flush=True)
 print("ok")
 """
 
@@ -61,6 +77,8 @@ class Probe(NamedTuple):
     """Visible GPUs."""
     error: str | None
     """Last line of the failure; None if all of them import."""
+    kernels: str = "not tried"
+    """Where the CPU kernels come from, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +119,16 @@ def probe_imports(python: str = sys.executable, timeout_seconds: float = 120) ->
     except (OSError, subprocess.TimeoutExpired) as error:
         return Probe(None, 0, f"the import could not be tried: {error}")
     lines = run.stdout.strip().splitlines()
-    seen = json.loads(lines[0]) if lines and lines[0].startswith("{") else {}
+    seen = {}
+    for line in lines:
+        if line.startswith("{"):
+            seen |= json.loads(line)
     failure = None
     if lines[-1:] != ["ok"]:
         complaint = [line for line in run.stderr.strip().splitlines() if line.strip()]
         failure = complaint[-1].strip() if complaint else f"the process ended with code {run.returncode}"
-    return Probe(seen.get("cuda_build"), seen.get("gpus", 0), failure)
+    kernels = seen.get("kernels", "not tried")
+    return Probe(seen.get("cuda_build"), seen.get("gpus", 0), failure, kernels)
 
 
 def diagnose(
@@ -116,10 +138,11 @@ def diagnose(
 
     Args:
         versions: as from :func:`find_versions`.
-        requirements: requirement strings, as from :func:`find_requirements`; extras are ignored.
+        requirements: requirement strings, as from :func:`find_requirements`; those of extras, and of other
+            platforms and Pythons, are ignored.
         probe: as from :func:`probe_imports`; None judges by the versions alone.
     """
-    problems = [_judge_requirement(versions, text) for text in requirements if "extra ==" not in text]
+    problems = [_judge_requirement(versions, Requirement(text)) for text in requirements]
     problems += _judge_fbgemm(versions, probe)
     problems.append(_judge_set(versions))
     if probe is not None and probe.error is not None:
@@ -182,6 +205,7 @@ def _text(versions: Mapping[str, str | None], probe: Probe | None, problems: lis
     if probe is not None:
         build = f"CUDA {probe.cuda_build}" if probe.cuda_build else "CPU"
         lines.append(f"{'torch build':16} {build}, {probe.gpus} GPUs visible")
+        lines.append(f"{'CPU kernels':16} {probe.kernels}")
     lines.append(f"{'matching set':16} {matching_set(versions['torch'])}")
     lines.append("")
     for problem in problems:
@@ -191,21 +215,18 @@ def _text(versions: Mapping[str, str | None], probe: Probe | None, problems: lis
     return "\n".join(lines) + "\n"
 
 
-def _judge_requirement(versions: Mapping[str, str | None], text: str) -> Finding | None:
-    match = re.match(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)", text)
-    if match is None:
+def _judge_requirement(versions: Mapping[str, str | None], wanted: Requirement) -> Finding | None:
+    name = wanted.name.lower().replace("_", "-")
+    # fbgemm goes by two names: it is judged on its own.
+    if name not in versions or name.startswith("fbgemm"):
         return None
-    name, bounds = match.group(1).lower().replace("_", "-"), match.group(2).replace(" ", "")
-    if name not in versions:
+    if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
         return None
-    found, command = versions[name], f"pip install '{name}{bounds}'"
+    found, command = versions[name], _pip("install", f"{name}{wanted.specifier}")
     if found is None:
         return Finding(f"{name} is not installed", command)
-    for bound in filter(None, bounds.split(",")):
-        operator, wanted = re.match(r"([<>=!~]+)(.*)", bound).groups()  # type: ignore[union-attr]
-        have, want = _numbers(found), _numbers(wanted)
-        if (operator == ">=" and have < want) or (operator == "<" and have >= want):
-            return Finding(f"{name} is {found}, this package needs {bounds}", command)
+    if not wanted.specifier.contains(Version(found), prereleases=True):
+        return Finding(f"{name} is {found}, this package needs {wanted.specifier}", command)
     return None
 
 
@@ -217,7 +238,7 @@ def _judge_set(versions: Mapping[str, str | None]) -> Finding | None:
         return None
     return Finding(
         f"torchrec is {found}, torch {release} goes with {expected}",
-        f"pip install 'torchrec=={expected}.*'",
+        _pip("install", f"torchrec=={expected}.*"),
     )
 
 
@@ -230,12 +251,12 @@ def _judge_fbgemm(versions: Mapping[str, str | None], probe: Probe | None) -> li
         problems.append(Finding("fbgemm is not installed, and torchrec does not import without it", remedy))
     if cpu is not None and cuda is not None and not shim:
         both = "fbgemm-gpu and fbgemm-gpu-cpu are both installed, and each overwrites the other's files"
-        problems.append(Finding(both, f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && {remedy}"))
+        problems.append(Finding(both, remedy))
     if cpu is not None and cuda is None:
         missing = (
             "torchrec requires fbgemm-gpu, which fbgemm-gpu-cpu does not stand for: pip check complains"
         )
-        problems.append(Finding(missing, "pip install ./packaging/fbgemm-gpu-cpu-shim"))
+        problems.append(Finding(missing, _install_shim()))
     release = _release(versions.get("torch"))
     expected = MATCHING.get(release or "")
     found = cpu or cuda
@@ -244,27 +265,33 @@ def _judge_fbgemm(versions: Mapping[str, str | None], probe: Probe | None) -> li
     cpu_torch = (versions.get("torch") or "").endswith("+cpu")
     if cpu is None and cuda is not None and not shim and cpu_torch:
         what = f"fbgemm-gpu {cuda} is a CUDA build, torch {versions['torch']} a CPU build"
-        problems.append(Finding(what, f"pip uninstall -y fbgemm-gpu && {remedy}"))
+        problems.append(Finding(what, remedy))
     return problems
 
 
 def _reinstall(versions: Mapping[str, str | None], probe: Probe | None) -> str:
-    """The command that installs the right fbgemm for this machine."""
+    """The commands that leave one fbgemm, the right one for this machine and torch."""
+    release = MATCHING.get(_release(versions.get("torch")) or "", "1.8")
+    clean = _pip("uninstall", "--yes", "fbgemm-gpu", "fbgemm-gpu-cpu")
     if probe is not None and (probe.gpus or probe.cuda_build):
-        release = MATCHING.get(_release(versions.get("torch")) or "", "1.8")
-        wanted = f"'fbgemm-gpu=={release}.*'"
-        return f"pip uninstall -y fbgemm-gpu-cpu; pip install --force-reinstall --no-deps {wanted}"
-    repair = "pip install --force-reinstall --no-deps fbgemm-gpu-cpu==1.8.0"
-    return f"{repair} && pip install -r requirements-cpu.txt"
+        return f"{clean}; {_pip('install', '--no-deps', f'fbgemm-gpu=={release}.*')}"
+    install = _pip("install", "--no-deps", f"fbgemm-gpu-cpu=={release}.*")
+    return f"{clean}; {install} && {_install_shim()}"
+
+
+def _install_shim() -> str:
+    folder = next((folder for folder in _SHIM_FOLDERS if folder.is_dir()), _SHIM_FOLDERS[0])
+    return _pip("install", "--no-deps", str(folder))
+
+
+def _pip(*arguments: str) -> str:
+    """A command of the pip of this environment, whether or not it is activated."""
+    return shlex.join((sys.executable, "-m", "pip", *arguments))
 
 
 def _release(version: str | None) -> str | None:
     """``2.13.0+cpu`` -> ``2.13``."""
     return ".".join(version.split("+")[0].split(".")[:2]) if version else None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 if __name__ == "__main__":
