@@ -10,58 +10,68 @@ Example:
     SidSpec(cardinalities=(4, 4))
 """
 
-# ruff: noqa: F401 - the names of the block for type checkers are those that __getattr__ gives.
+# The names of the block for type checkers are those that __getattr__ gives; `X as X` exports them.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torchrec_sid.errors import ArtifactError, SidError
 
 if TYPE_CHECKING:
-    from torchrec_sid.catalog import SidCatalog, add_last_digit, measure_drift
-    from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
-    from torchrec_sid.quality import QualityReport, measure_quality
+    from torchrec_sid.catalog import (
+        SidCatalog as SidCatalog,
+        add_last_digit as add_last_digit,
+        measure_drift as measure_drift,
+    )
+    from torchrec_sid.collections import (
+        SidEmbeddingBagCollection as SidEmbeddingBagCollection,
+        SidEmbeddingCollection as SidEmbeddingCollection,
+    )
+    from torchrec_sid.quality import (
+        QualityReport as QualityReport,
+        measure_quality as measure_quality,
+    )
     from torchrec_sid.quantizers import (
-        CategorySource,
-        DiscretePca,
-        DiscretePcaConfig,
-        EmbeddingSource,
-        Quantizer,
-        ResidualKMeans,
-        ResidualKMeansConfig,
-        RqVae,
-        RqVaeConfig,
-        VqFusion,
-        VqFusionConfig,
-        load_quantizer,
-        make_quantizer,
+        CategorySource as CategorySource,
+        DiscretePca as DiscretePca,
+        DiscretePcaConfig as DiscretePcaConfig,
+        EmbeddingSource as EmbeddingSource,
+        Quantizer as Quantizer,
+        ResidualKMeans as ResidualKMeans,
+        ResidualKMeansConfig as ResidualKMeansConfig,
+        RqVae as RqVae,
+        RqVaeConfig as RqVaeConfig,
+        VqFusion as VqFusion,
+        VqFusionConfig as VqFusionConfig,
+        load_quantizer as load_quantizer,
+        make_quantizer as make_quantizer,
     )
-    from torchrec_sid.replace import replace_embeddings
+    from torchrec_sid.replace import replace_embeddings as replace_embeddings
     from torchrec_sid.side import (
-        CodeSpaceAttention,
-        CodeSpaceAttentionConfig,
-        FrozenBasis,
-        SideFeatures,
-        SideFeaturesConfig,
-        SimilarityConfig,
-        SimilarityFeatures,
+        CodeSpaceAttention as CodeSpaceAttention,
+        CodeSpaceAttentionConfig as CodeSpaceAttentionConfig,
+        FrozenBasis as FrozenBasis,
+        SideFeatures as SideFeatures,
+        SideFeaturesConfig as SideFeaturesConfig,
+        SimilarityConfig as SimilarityConfig,
+        SimilarityFeatures as SimilarityFeatures,
     )
-    from torchrec_sid.spec import SidSpec
-    from torchrec_sid.streams import EmbeddingStream
+    from torchrec_sid.spec import SidSpec as SidSpec
+    from torchrec_sid.streams import EmbeddingStream as EmbeddingStream
     from torchrec_sid.tables import (
-        CatalogMap,
-        HashedId,
-        HashedPrefix,
-        NGramGroups,
-        PerLevel,
-        PieceTrainerConfig,
-        Scheme,
-        SentencePiece,
-        Side,
-        SidEmbeddingBagConfig,
-        SidEmbeddingConfig,
-        SidPieces,
-        SidTransform,
-        train_pieces,
+        CatalogMap as CatalogMap,
+        HashedId as HashedId,
+        HashedPrefix as HashedPrefix,
+        NGramGroups as NGramGroups,
+        PerLevel as PerLevel,
+        PieceTrainerConfig as PieceTrainerConfig,
+        Scheme as Scheme,
+        SentencePiece as SentencePiece,
+        Side as Side,
+        SidEmbeddingBagConfig as SidEmbeddingBagConfig,
+        SidEmbeddingConfig as SidEmbeddingConfig,
+        SidPieces as SidPieces,
+        SidTransform as SidTransform,
+        train_pieces as train_pieces,
     )
 
 __version__ = "0.1.0"

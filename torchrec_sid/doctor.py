@@ -119,7 +119,7 @@ def probe_imports(python: str = sys.executable, timeout_seconds: float = 120) ->
     except (OSError, subprocess.TimeoutExpired) as error:
         return Probe(None, 0, f"the import could not be tried: {error}")
     lines = run.stdout.strip().splitlines()
-    seen = {}
+    seen: dict[str, Any] = {}
     for line in lines:
         if line.startswith("{"):
             seen |= json.loads(line)
