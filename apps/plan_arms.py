@@ -12,6 +12,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, RankingConfig, build_ranking
 from torchrec_sid.models.channels import CHANNELS, arm_named
 from torchrec_sid.models.stores import ContentStore, SideStore, SidStore
+from torchrec_sid.parallel.constraints import table_features
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables import PieceTrainerConfig, SidPieces
@@ -79,7 +80,8 @@ def build_arm(name: str, inputs: PlanInputs, items: int) -> ArmPlanInput:
         device=META,
     )
     history = inputs.mean_history
-    lengths = {"item": 1.0, "item_sid": 1.0, "history": history, "history_sid": history}
+    read = table_features(ranking.module)
+    lengths = {name: history if name.startswith("history") else 1.0 for name in read}
     return ArmPlanInput(ranking.module, lengths, ranking.bytes_per_event)
 
 

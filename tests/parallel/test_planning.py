@@ -8,9 +8,9 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 
 from tests.parallel.models import Planned
-from torchrec_sid.collections import SidEmbeddingBagCollection
+from torchrec_sid.collections import SidEmbeddingBagCollection, SidEmbeddingCollection
 from torchrec_sid.errors import SidError
-from torchrec_sid.parallel.constraints import model_pooling_factors
+from torchrec_sid.parallel.constraints import model_pooling_factors, table_features
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.plan_summary import format_summary
 from torchrec_sid.parallel.planner_config import (
@@ -21,7 +21,7 @@ from torchrec_sid.parallel.planner_config import (
 )
 from torchrec_sid.parallel.planning import make_plan, measure_feature_lengths, resolve_topology
 from torchrec_sid.spec import SidSpec
-from torchrec_sid.tables import HashedPrefix, SidEmbeddingBagConfig
+from torchrec_sid.tables import HashedPrefix, SidEmbeddingBagConfig, SidEmbeddingConfig
 
 BASE = PlannerConfig(
     TopologyConfig(world_size=4, local_world_size=2, node="a100_80gb"),
@@ -339,3 +339,36 @@ def test_two_collections_with_a_table_of_one_name():
     model = nn.ModuleDict({"a": Planned(), "b": Planned()})
     with pytest.raises(SidError, match="table 'large': occurs in 'a.ebc' and in 'b.ebc'"):
         make_plan(model, BASE)
+
+
+def test_what_is_large_is_named_with_torchrecs_own_words():
+    lengths = dict.fromkeys(table_features(Planned()), 200.0)
+    says = "4,000,000 samples a rank reads .* ids of table.*TorchRec: .*Make the batch smaller"
+    with pytest.raises(SidError, match=says):
+        make_plan(Planned(), replace(BASE, batch_size=4_000_000), feature_lengths=lengths)
+
+
+def test_a_misspelt_feature_is_refused():
+    with pytest.raises(SidError, match=r"feature_lengths\['histroy'\].*no table reads it.*Features are"):
+        make_plan(Planned(), BASE, feature_lengths={"histroy": 3.0})
+
+
+@pytest.mark.parametrize(("device", "works"), [("cpu", False), ("cuda", True)])
+def test_bags_of_events_are_not_cut_by_row_on_a_cpu(device, works):
+    """Every rank has another number of events, and gloo reduces equal parts only."""
+    table = SidEmbeddingConfig(
+        name="t",
+        embedding_dim=64,
+        feature_names=["history"],
+        scheme=HashedPrefix(3),
+        spec=SidSpec((8, 8, 8)),
+    )
+    model = SidEmbeddingCollection([table], device=torch.device("meta"))
+    config = replace(BASE, topology=replace(BASE.topology, device=device))
+    assert make_plan(model, config).summary.tables[0].sharding_type in ("table_wise", "column_wise")
+    config = replace(config, tables={"t": TableConstraint(sharding_types=("row_wise",))})
+    if works:
+        assert make_plan(model, config).summary.tables[0].sharding_type == "row_wise"
+    else:
+        with pytest.raises(SidError, match="row_wise on a CPU.*events='rows'"):
+            make_plan(model, config)

@@ -1,6 +1,7 @@
 """Bytes over the wire against counting them one by one."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,9 @@ def count(sharding_type, world, local, pooled, factors, columns):
             continue
         # Ids spread evenly over the owners (of one table on one rank: over the ranks it may be on).
         ids += BATCH * sum(factors) / world * 8 * columns
+        # Every bag's length goes to whoever holds rows of its table.
+        lengths = BATCH * len(factors) * 8
+        ids += lengths if sharding_type == "row_wise" else lengths * columns / world
         if not pooled:
             embeddings += BATCH * sum(factors) / world * DIM * 4
         elif sharding_type == "row_wise":
@@ -87,3 +91,19 @@ def test_one_rank_sends_nothing_and_smaller_elements_less():
 
 def test_no_tables():
     assert wire_bytes(PlanSummary("cuda", 4, 1, 1, 0, (), ()), BATCH, 4) == WireBytes(0, 0, 0)
+
+
+@pytest.mark.parametrize("world", [2, 128])
+def test_an_event_of_three_prefixes_costs_little_more_than_a_raw_id(world):
+    """At 32 dimensions, forward and backward, ids and lengths counted."""
+    events = 256.0
+
+    raw = replace(one_table("table_wise", world, False, (events,)).tables[0], dim=32)
+    bags = replace(raw, pooled=True, pooling_factors=(3.0,), num_poolings=(events,))
+    rows = replace(raw, pooling_factors=(3 * events,))
+    total = {
+        name: wire_bytes(PlanSummary("cuda", world, 1, 1, 0, (), (table,)), BATCH, 8).total
+        for name, table in (("raw", raw), ("bags", bags), ("rows", rows))
+    }
+    assert 1.0 < total["bags"] / total["raw"] <= 1.1
+    assert total["rows"] / total["raw"] > 2.9

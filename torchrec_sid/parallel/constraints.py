@@ -25,6 +25,47 @@ PINNABLE_TYPES = ("table_wise", "column_wise")
 """Types whose shards may be confined to some ranks; the others use every rank, or every rank of a node."""
 
 
+UNEVEN_TYPES = ("table_wise", "column_wise")
+"""Types of tables with many bags a sample, unless a constraint names others.
+
+Sharded by row, every rank would send a partial sum of every bag: with more ranks than rows in a bag that is
+more than the rows themselves. On a CPU nothing else runs: gloo reduces equal parts only, and ranks have
+different numbers of such bags."""
+
+
+def table_features(model: nn.Module) -> set[str]:
+    """Features of the batch that the tables of a model read.
+
+    A module that makes keys of its own from them states them as ``input_features``.
+    """
+    features = {name for table in find_tables(model).values() for name in table.config.feature_names}
+    for module in model.modules():
+        features |= set(getattr(module, "input_features", ()))
+    return features
+
+
+def model_num_poolings(
+    model: nn.Module, feature_lengths: Mapping[str, float] | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Mean bags per sample of the tables that have another number than one, one for each feature.
+
+    A module whose bags are something else than samples states them through a method
+    ``num_poolings(feature_lengths)``: SID collections do for tables of which every event is a bag. Ranks
+    have different numbers of such bags.
+
+    Args:
+        model: unsharded.
+        feature_lengths: as for :func:`model_pooling_factors`.
+    """
+    found = {}
+    for module in model.modules():
+        state = getattr(module, "num_poolings", None)
+        if callable(state):
+            stated = state(dict(feature_lengths or {}))
+            found.update({name: tuple(map(float, values)) for name, values in stated.items()})
+    return found
+
+
 def model_pooling_factors(
     model: nn.Module, feature_lengths: Mapping[str, float] | None = None
 ) -> dict[str, tuple[float, ...]]:
@@ -74,14 +115,18 @@ def match_constraints(
 
 
 def resolve_constraints(
-    config: PlannerConfig, tables: Mapping[str, Table], factors: Mapping[str, Sequence[float]]
+    config: PlannerConfig,
+    tables: Mapping[str, Table],
+    factors: Mapping[str, Sequence[float]],
+    poolings: Mapping[str, Sequence[float]],
 ) -> dict[str, ParameterConstraints]:
     """TorchRec's constraints for every table of the model.
 
     Args:
         config: its ``tables``, and the device of its ``topology``.
         tables: of the unsharded model.
-        factors: table name -> mean ids per sample of each feature; a configured ``pooling_factors`` wins.
+        factors: table name -> mean ids per bag of each feature; a configured ``pooling_factors`` wins.
+        poolings: table name -> mean bags per sample of each feature, where it is not one; likewise.
 
     Raises:
         SidError: an unknown table, a combination that the device does not have, pooling factors that do not
@@ -89,7 +134,13 @@ def resolve_constraints(
     """
     matched = match_constraints(config, tables)
     return {
-        name: _resolve(table, *matched.get(name, (name, TableConstraint())), config, factors.get(name))
+        name: _resolve(
+            table,
+            *matched.get(name, (name, TableConstraint())),
+            config,
+            factors.get(name),
+            poolings.get(name),
+        )
         for name, table in tables.items()
     }
 
@@ -100,22 +151,26 @@ def _resolve(
     constraint: TableConstraint,
     config: PlannerConfig,
     stated: Sequence[float] | None,
+    bags: Sequence[float] | None,
 ) -> ParameterConstraints:
     device = config.topology.device
+    uneven = bags is not None
     types = list(constraint.sharding_types) if constraint.sharding_types else None
     if types is None and constraint.ranks is not None:
         types = list(PINNABLE_TYPES)
+    if types is None and uneven:
+        types = list(UNEVEN_TYPES[:1] if device == "cpu" else UNEVEN_TYPES)
     if types is None and device == "cpu":
         types = list(CPU_DEFAULT_TYPES)
     kernels = list(constraint.compute_kernels) if constraint.compute_kernels else None
-    _require_combination(table, where, device, types, kernels)
+    _require_combination(table, where, device, types, kernels, uneven and device == "cpu")
     if constraint.ranks is not None:
         _require_pinnable(where, constraint.ranks, types, config.topology.world_size)
     features = len(table.config.feature_names)
     factors = _per_feature(
         where, "pooling_factors", constraint.pooling_factors or stated or (1.0,), features
     )
-    poolings = constraint.num_poolings
+    poolings = constraint.num_poolings or bags
     return ParameterConstraints(
         sharding_types=types,
         compute_kernels=kernels,
@@ -134,10 +189,23 @@ def _resolve(
 
 
 def _require_combination(
-    table: Table, where: str, device: str, types: list[str] | None, kernels: list[str] | None
+    table: Table,
+    where: str,
+    device: str,
+    types: list[str] | None,
+    kernels: list[str] | None,
+    uneven: bool,
 ) -> None:
     sharder: Any = CpuBagSharder() if table.pooled else CpuSequenceSharder()
     offered = {kind: list(sharder.compute_kernels(kind, device)) for kind in sharder.sharding_types(device)}
+    if uneven:
+        offered = {kind: able for kind, able in offered.items() if kind in (*UNEVEN_TYPES, "data_parallel")}
+        if types is not None and (wrong := sorted(set(types) - set(offered))):
+            raise SidError(
+                f"planner table {where!r}",
+                f"{wrong[0]} on a CPU, and ranks have different numbers of its bags",
+                f"It can be {', '.join(offered)}; or let its events keep their rows (events='rows').",
+            )
     possible = any(
         (types is None or kind in types) and (kernels is None or set(kernels) & set(able))
         for kind, able in offered.items()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -73,8 +74,17 @@ class TableOptimizer:
             )
 
     def mark(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Attach the optimizer to tables of an unsharded model, before planning and sharding."""
-        _apply_optimizer_in_backward(_CLASSES[self.name][0], list(parameters), self.arguments)
+        """Attach the optimizer to tables of an unsharded model, before planning and sharding.
+
+        A frozen table gets one that does nothing: without any, TorchRec trains it. A table that has an
+        optimizer in its backward pass already keeps that one.
+        """
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                marked: Any = parameter
+                marked._optimizer_classes, marked._optimizer_kwargs = [torch.optim.SGD], [{"lr": 0.0}]
+            elif not hasattr(parameter, "_optimizer_classes"):
+                _apply_optimizer_in_backward(_CLASSES[self.name][0], [parameter], self.arguments)
 
     def factory(self) -> Callable[[Any], torch.optim.Optimizer]:
         """The same optimizer for tables whose kernel has none fused: the data-parallel ones.
@@ -90,3 +100,35 @@ class TableOptimizer:
                 "Shard that table another way, or use adam.",
             )
         return lambda parameters: kind(parameters, **self.arguments)
+
+
+TableOptimizers = TableOptimizer | Mapping[str, TableOptimizer]
+"""One optimizer for all tables, or table name or pattern (``"t_item*"``, ``"*"``) -> optimizer."""
+
+
+def optimizers_by_table(given: TableOptimizers, tables: Iterable[str]) -> dict[str, TableOptimizer]:
+    """The optimizer of every table: that of its own name, else of the first pattern that fits.
+
+    Raises:
+        SidError: a name or pattern without a table, or a table without an optimizer.
+
+    Example:
+        >>> fast = TableOptimizer("sgd", lr=0.1)
+        >>> optimizers_by_table({"t_user": TableOptimizer("adagrad"), "*": fast}, ["t_item"])["t_item"].name
+        'sgd'
+    """
+    names = list(tables)
+    if isinstance(given, TableOptimizer):
+        return dict.fromkeys(names, given)
+    for pattern in given:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+            raise SidError(
+                f"table_optimizer[{pattern!r}]", "matches no table", f"Tables are {sorted(names)}."
+            )
+    found = {}
+    for name in names:
+        hit = next((p for p in [name, *given] if p in given and fnmatchcase(name, p)), None)
+        if hit is None:
+            raise SidError(f"table {name!r}", "has no optimizer", 'Add one under its name or under "*".')
+        found[name] = given[hit]
+    return found

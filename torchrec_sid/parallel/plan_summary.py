@@ -67,13 +67,15 @@ class TablePlan:
     column_shards: int
     """Shards side by side; 1 unless sharded by column."""
     pooling_factors: tuple[float, ...]
-    """Mean ids per sample of each feature, as planned with."""
+    """Mean ids per bag of each feature, as planned with."""
     hbm_bytes: int
     """Over all ranks."""
     ddr_bytes: int
     """Over all ranks."""
     time: StepTime
     """Summed over its shards."""
+    num_poolings: tuple[float, ...] = ()
+    """Mean bags per sample of each feature; empty: one."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,11 @@ _HOST_KERNELS = ("fused_uvm", "fused_uvm_caching")
 
 
 def summarise(
-    options: Sequence[Any], tables: Mapping[str, Table], topology: Any, reserved: Any
+    options: Sequence[Any],
+    tables: Mapping[str, Table],
+    topology: Any,
+    reserved: Any,
+    poolings: Mapping[str, tuple[float, ...]],
 ) -> PlanSummary:
     """Sum up placed sharding options.
 
@@ -129,6 +135,7 @@ def summarise(
         tables: of the model.
         topology: the cluster.
         reserved: the cluster with the reservation taken off.
+        poolings: table -> bags per sample of each feature, where it is not one.
     """
     memory = [[0, 0] for _ in range(topology.world_size)]
     times = [StepTime() for _ in range(topology.world_size)]
@@ -143,7 +150,8 @@ def summarise(
             memory[shard.rank][1] += shard.storage.ddr
             times[shard.rank] += time
             counts[shard.rank].add(option.name)
-        plans.append(_table_plan(option, tables[option.name], whole))
+        bags = poolings.get(option.name, ())
+        plans.append(_table_plan(option, tables[option.name], whole, bags))
     device = topology.devices[0].storage
     kind = "ddr" if topology.compute_device == "cpu" else "hbm"
     kept = getattr(device, kind) - getattr(reserved.devices[0].storage, kind)
@@ -184,7 +192,7 @@ def format_summary(summary: PlanSummary) -> str:
     return "\n".join(lines)
 
 
-def _table_plan(option: Any, table: Table, time: StepTime) -> TablePlan:
+def _table_plan(option: Any, table: Table, time: StepTime, bags: tuple[float, ...]) -> TablePlan:
     return TablePlan(
         name=option.name,
         rows=table.rows,
@@ -198,6 +206,7 @@ def _table_plan(option: Any, table: Table, time: StepTime) -> TablePlan:
         hbm_bytes=sum(shard.storage.hbm for shard in option.shards),
         ddr_bytes=sum(shard.storage.ddr for shard in option.shards),
         time=time,
+        num_poolings=bags,
     )
 
 

@@ -20,6 +20,7 @@ from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import (
     HardwareConfig,
     KernelConfig,
+    ParameterConstraints,
     PlannerError,
     Topology,
     TopologyFactory,
@@ -29,7 +30,13 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.parallel.constraints import match_constraints, model_pooling_factors, resolve_constraints
+from torchrec_sid.parallel.constraints import (
+    match_constraints,
+    model_num_poolings,
+    model_pooling_factors,
+    resolve_constraints,
+    table_features,
+)
 from torchrec_sid.parallel.embedding_tables import Table, find_tables, table_parameters
 from torchrec_sid.parallel.pinning import PinningPartitioner
 from torchrec_sid.parallel.plan_summary import PlanSummary, summarise
@@ -97,14 +104,21 @@ def make_plan(
         replicas: groups of ranks that hold the same tables (2D parallelism); the plan is for one group.
 
     Raises:
-        SidError: a constraint that cannot be met, or tables that do not fit, with what to change.
+        SidError: a feature that no table reads, a constraint that cannot be met, or tables that do not fit,
+            with what to change and what TorchRec says.
     """
+    known = table_features(model)
+    if unknown := sorted(set(feature_lengths or ()) - known):
+        raise SidError(
+            f"feature_lengths[{unknown[0]!r}]", "no table reads it", f"Features are {sorted(known)}."
+        )
     ranks = Ranks.open()
     running = None if ranks.group is None else ranks.size
     config = replace(config, topology=resolve_topology(config.topology, running, replicas))
     factors = model_pooling_factors(model, feature_lengths)
+    poolings = model_num_poolings(model, feature_lengths)
     tables = find_tables(model)
-    return ranks.first(lambda: _plan(model, config, tables, factors), where="sharding plan")
+    return ranks.first(lambda: _plan(model, config, tables, factors, poolings), where="sharding plan")
 
 
 def measure_feature_lengths(batches: Iterable[KeyedJaggedTensor]) -> dict[str, float]:
@@ -184,8 +198,9 @@ def _plan(
     config: PlannerConfig,
     tables: Mapping[str, Table],
     factors: Mapping[str, Sequence[float]],
+    poolings: Mapping[str, Sequence[float]],
 ) -> PlannedModel:
-    constraints = resolve_constraints(config, tables, factors)
+    constraints = resolve_constraints(config, tables, factors, poolings)
     topology = build_topology(config.topology)
     stats = _CaptureStats()
     inner = (
@@ -206,22 +221,52 @@ def _plan(
     try:
         plan = planner.plan(model, sid_sharders())
     except (PlannerError, RuntimeError) as error:
-        weights = table_parameters(model, tables).values()
-        raise _explain(error, config, sum(w.numel() * w.element_size() for w in weights)) from error
-    summary = summarise(stats.options, tables, topology, reservation.last_reserved_topology)
+        sizes = {name: w.numel() * w.element_size() for name, w in table_parameters(model, tables).items()}
+        raise _explain(error, config, constraints, sizes) from error
+    bags = {name: tuple(c.num_poolings) for name, c in constraints.items() if c.num_poolings}
+    summary = summarise(stats.options, tables, topology, reservation.last_reserved_topology, bags)
     return PlannedModel(plan, summary, stats.report)
 
 
-def _explain(error: Exception, config: PlannerConfig, weight_bytes: int) -> SidError:
-    kind = getattr(error, "error_type", None)
-    if kind is None or kind.value not in ("insufficient_storage", "partition", "strict_constraints"):
-        return SidError("sharding plan", str(error).strip().splitlines()[0], "Change the constraints.")
+def _explain(
+    error: Exception,
+    config: PlannerConfig,
+    constraints: Mapping[str, ParameterConstraints],
+    sizes: Mapping[str, int],
+) -> SidError:
+    """What is large, and TorchRec's own words."""
+    kind = getattr(getattr(error, "error_type", None), "value", None)
+    words = " ".join(str(error).split())
+    if kind not in ("insufficient_storage", "partition", "strict_constraints"):
+        return SidError("sharding plan", words, "Change the constraints.")
     topology = config.topology
     memory = topology.value("hbm_gib" if topology.device == "cuda" else "ddr_gib")
+    place = f"{topology.world_size} ranks of {memory:,.1f} GiB"
+    ids = {name: _ids_per_sample(c) * config.batch_size for name, c in constraints.items()}
+    widest = max(ids, key=lambda name: ids[name], default="")
+    buffers = ids.get(widest, 0) * 8
+    weights = sum(sizes.values())
+    if buffers > weights / max(1, topology.world_size or 1):
+        return SidError(
+            "sharding plan",
+            f"a batch of {config.batch_size:,} samples a rank reads {ids[widest]:,.0f} ids of table "
+            f"{widest!r} ({buffers / _GIB:,.1f} GiB, and vectors to match), which {place} do not hold. "
+            f"TorchRec: {words}",
+            "Make the batch smaller, histories shorter, or feature_lengths truer.",
+        )
+    reserved = config.reservation
+    kept = f"{reserved.gib:g} GiB" if reserved.kind == "fixed" else f"{reserved.share:.0%}"
     return SidError(
         "sharding plan",
-        f"tables of {weight_bytes / _GIB:,.1f} GiB, with optimizer state and buffers, do not fit "
-        f"{topology.world_size} ranks of {memory:,.1f} GiB under these constraints",
+        f"tables of {weights / _GIB:,.1f} GiB, with optimizer state, buffers and a reservation of "
+        f"{kept}, do not fit {place} under these constraints. TorchRec: {words}",
         "Use more ranks, fewer rows, a table optimizer with less state (sgd, rowwise_adagrad), row_wise "
-        "sharding of the largest tables, or the kernel fused_uvm_caching.",
+        "sharding of the largest tables, looser constraints, a smaller reservation, or the kernel "
+        "fused_uvm_caching.",
     )
+
+
+def _ids_per_sample(constraint: ParameterConstraints) -> float:
+    factors = constraint.pooling_factors
+    bags = constraint.num_poolings or [1.0] * len(factors)
+    return sum(factor * count for factor, count in zip(factors, bags, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -19,8 +19,8 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.buffers import dense_buffer_names, move_buffers, synchronise_buffers
 from torchrec_sid.parallel.embedding_tables import Table, find_tables, table_parameters
 from torchrec_sid.parallel.hybrid import shard_hybrid
-from torchrec_sid.parallel.initialise import initialise_tables
-from torchrec_sid.parallel.optimizer import TableOptimizer
+from torchrec_sid.parallel.initialise import copy_full_into_sharded, initialise_tables
+from torchrec_sid.parallel.optimizer import TableOptimizer, TableOptimizers, optimizers_by_table
 from torchrec_sid.parallel.plan_file import check_plan
 from torchrec_sid.parallel.plan_summary import PlanSummary
 from torchrec_sid.parallel.planner_config import PlannerConfig
@@ -37,7 +37,10 @@ class ShardedModel:
     plan: ShardingPlan
     tables: dict[str, Table]
     """Of the unsharded model, by name."""
-    table_optimizer: TableOptimizer
+    table_optimizers: dict[str, TableOptimizer]
+    """Of every table, by name."""
+    frozen: frozenset[str]
+    """Tables that do not train."""
     summary: PlanSummary | None
     """What the planner expects; None for a plan that was given."""
     report: str
@@ -52,13 +55,18 @@ class ShardedModel:
         Args:
             dense: parameters -> optimizer, e.g. ``lambda p: torch.optim.AdamW(p, lr=1e-3)``.
         """
-        weights = {table.weight_key for table in self.tables.values()}
+        tables = {table.weight_key: name for name, table in self.tables.items()}
         rest = dict(in_backward_optimizer_filter(self.model.named_parameters()))
-        replicated = {name: p for name, p in rest.items() if name in weights}
-        other = {name: p for name, p in rest.items() if name not in weights}
+        other = {name: p for name, p in rest.items() if name not in tables}
         parts: list[KeyedOptimizer] = [self.model.fused_optimizer]
-        if replicated:
-            parts.append(KeyedOptimizerWrapper(replicated, self.table_optimizer.factory()))
+        for optimizer in dict.fromkeys(self.table_optimizers.values()):
+            replicated = {
+                key: rest[key]
+                for key, name in tables.items()
+                if key in rest and name not in self.frozen and self.table_optimizers[name] == optimizer
+            }
+            if replicated:
+                parts.append(KeyedOptimizerWrapper(replicated, optimizer.factory()))
         if other:
             parts.append(KeyedOptimizerWrapper(other, dense))
         return CombinedOptimizer(parts)
@@ -69,8 +77,8 @@ def shard_model(
     plan: ShardingPlan | PlannerConfig,
     *,
     device: torch.device,
-    table_optimizer: TableOptimizer,
-    seed: int,
+    table_optimizer: TableOptimizers,
+    seed: int | None,
     batch_size: int | None = None,
     feature_lengths: Mapping[str, float] | None = None,
     replicas: int = 1,
@@ -87,8 +95,9 @@ def shard_model(
             ones). It is changed in place: use only the result afterwards.
         plan: a plan, or how to make one.
         device: of this process.
-        table_optimizer: fused into the backward pass of every table.
-        seed: of the tables' weights.
+        table_optimizer: fused into the backward pass of every table, one or several by table. A table that
+            already has one (``apply_optimizer_in_backward``) keeps it; a frozen one does not train.
+        seed: of the tables' weights; None keeps those that the model has, as frozen tables always do.
         batch_size: samples per rank and step, for the planner; None takes the configuration's.
         feature_lengths: see :func:`~torchrec_sid.parallel.planning.make_plan`.
         replicas: with more than 1, 2D parallelism: so many groups of ranks, each with all tables; see
@@ -103,10 +112,15 @@ def shard_model(
             "shard_model", "no process group", "Call torch.distributed.init_process_group first."
         )
     ranks = Ranks.open()
-    table_optimizer.require_device(device.type)
     tables = find_tables(model)
+    optimizers = optimizers_by_table(table_optimizer, tables)
     buffers = dense_buffer_names(model)
-    table_optimizer.mark(table_parameters(model, tables).values())
+    weights = table_parameters(model, tables)
+    for name, optimizer in optimizers.items():
+        optimizer.require_device(device.type)
+        optimizer.mark([weights[name]])
+    frozen = frozenset(name for name, weight in weights.items() if not weight.requires_grad)
+    kept = _weights_to_keep(weights, frozen if seed is not None else frozenset(tables))
     summary, report = None, ""
     if isinstance(plan, PlannerConfig):
         topology = replace(plan.topology, device=device.type)
@@ -127,6 +141,25 @@ def shard_model(
             plan=plan,
             sharders=sid_sharders(),
         )
-    initialise_tables(sharded, tables, seed)
+    initialise_tables(sharded, {n: t for n, t in tables.items() if n not in kept}, seed or 0)
+    state = sharded.state_dict()
+    keys = {tables[name].weight_key: weight for name, weight in kept.items()}
+    copy_full_into_sharded({key: state[key] for key in keys}, keys)
     synchronise_buffers(sharded.module, buffers, ranks)
-    return ShardedModel(sharded, plan, tables, table_optimizer, summary, report)
+    return ShardedModel(sharded, plan, tables, optimizers, frozen, summary, report)
+
+
+def _weights_to_keep(weights: Mapping[str, nn.Parameter], names: frozenset[str]) -> dict[str, Tensor]:
+    """Copies of tables whose rows must not be drawn anew.
+
+    Raises:
+        SidError: one is on meta: it has no rows.
+    """
+    for name in names:
+        if weights[name].is_meta:
+            raise SidError(
+                f"table {name!r}",
+                "is to keep its rows, but is on the meta device",
+                "Load them first, or let the table train and give a seed.",
+            )
+    return {name: weights[name].detach().clone() for name in names}

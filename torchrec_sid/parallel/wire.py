@@ -1,7 +1,8 @@
 """Bytes that a plan sends between ranks in one training step, counted from how each table is sharded.
 
 Counted is what leaves a rank for another one, summed over all ranks: ids to the ranks that hold their rows
-(8 bytes each), embeddings back, gradients of embeddings forth again. Ids are taken to be spread evenly.
+and the lengths of their bags (8 bytes each), embeddings back, gradients of embeddings forth again. Ids are
+taken to be spread evenly.
 The all-reduce of the dense model is not in it: it is the same for every way to embed an item.
 """
 
@@ -18,7 +19,7 @@ class WireBytes(NamedTuple):
     """Bytes of one step over all ranks."""
 
     ids: int
-    """To the holders of the rows."""
+    """To the holders of the rows, with the lengths of bags."""
     embeddings: int
     """Back to the ranks that asked."""
     gradients: int
@@ -55,13 +56,18 @@ def _table(table: TablePlan, world: int, batch: int, local: int, element: int) -
         # Ring all-reduce: every rank sends twice its share of the others.
         return WireBytes(0, 0, round(2 * table.rows * table.dim * element * elsewhere * world))
     samples = world * batch
-    ids = sum(table.pooling_factors) * samples
+    # A table of which every event is a bag has many bags a sample; others have one a feature.
+    counts = table.num_poolings or (1.0,) * len(table.pooling_factors)
+    ids = samples * sum(n * bags for n, bags in zip(table.pooling_factors, counts, strict=True))
+    bags = samples * sum(counts)
     columns = table.column_shards if table.sharding_type in _BY_COLUMN else 1
-    sent = round(ids * columns * _ID_BYTES * elsewhere)
+    # Under row-wise sharding every holder learns how many of its rows each bag has.
+    lengths = bags * (world if table.sharding_type == "row_wise" else columns)
+    sent = round((ids * columns + lengths) * _ID_BYTES * elsewhere)
     if not table.pooled:
         embeddings = ids * table.dim * element * elsewhere
     else:
-        pooled = len(table.pooling_factors) * samples * table.dim * element
+        pooled = bags * table.dim * element
         embeddings = pooled * _pooled_copies(table.sharding_type, world, local)
     return WireBytes(sent, round(embeddings), round(embeddings))
 

@@ -26,7 +26,7 @@ from torchrec_sid.models.channels import arm_named
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.models.stores import ItemSource, ItemStore
 from torchrec_sid.parallel.checkpoint import CheckpointManager
-from torchrec_sid.parallel.constraints import model_pooling_factors
+from torchrec_sid.parallel.constraints import model_pooling_factors, table_features
 from torchrec_sid.parallel.embedding_tables import find_tables
 from torchrec_sid.parallel.plan_file import load_plan, plan_to_json
 from torchrec_sid.parallel.planner_config import PlannerConfig
@@ -145,6 +145,7 @@ def shard_run(
     """Plan and shard; the model is changed in place."""
     planner = load_planner_config(config.planner) if config.planner else PlannerConfig()
     history = mean_history(log, config.model.history_length)
+    lengths = {name: history for name in table_features(ranking.module) if name.startswith("history")}
     return shard_model(
         ranking.module,
         load_plan(config.plan) if config.plan else planner,
@@ -152,7 +153,7 @@ def shard_run(
         table_optimizer=config.tables,
         seed=config.seed,
         batch_size=config.batch_size // ranks.size,
-        feature_lengths=dict.fromkeys(("history", "history_sid"), history),
+        feature_lengths=lengths,
         replicas=config.replicas,
     )
 
