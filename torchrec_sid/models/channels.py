@@ -152,9 +152,16 @@ def _random_hash(inputs: ChannelInputs) -> ItemEmbedder:
     return _sid_tables(scheme, spec, ("item", "history"), inputs, "hash")
 
 
-def _over_sids(
+def over_sids(
     make: Callable[[SidStore, ChannelInputs], Scheme],
 ) -> Callable[[ChannelInputs], ItemEmbedder]:
+    """A :attr:`Channel.embed`: tables of a scheme over the SIDs of a :class:`SidStore`, read by the fields
+    ``item_sid`` and ``history_sid``.
+
+    Args:
+        make: the scheme, for the store's shape of SIDs and the rows of a table.
+    """
+
     def embed(inputs: ChannelInputs) -> ItemEmbedder:
         store = inputs.store(SidStore)
         scheme = make(store, inputs)
@@ -230,14 +237,14 @@ for _name, _scheme in (
     ("per_level", lambda store, inputs: PerLevel()),
     ("bigram", lambda store, inputs: NGramGroups(2, num_embeddings=inputs.table_rows)),
 ):
-    register_channel(Channel(_name, SidStore, _CATALOG, _BY_SID, _over_sids(_scheme)))
+    register_channel(Channel(_name, SidStore, _CATALOG, _BY_SID, over_sids(_scheme)))
 register_channel(
     Channel(
         "sentencepiece",
         SidStore,
         ("catalog", "pieces"),
         _BY_SID,
-        _over_sids(lambda store, inputs: SentencePiece(store.require_pieces())),
+        over_sids(lambda store, inputs: SentencePiece(store.require_pieces())),
     )
 )
 register_channel(

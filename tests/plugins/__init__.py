@@ -1,0 +1,1 @@
+"""Parts of someone else, from a file."""
