@@ -21,7 +21,7 @@ from torch import Tensor
 from torchrec_sid.artifact import write_json
 from torchrec_sid.progress import track
 from torchrec_sid.side.kernels import attention_cpu, attention_torch
-from torchrec_sid.side.kernels.attention_problem import AttentionProblem
+from torchrec_sid.side.kernels.attention_problem import checked_problem
 from torchrec_sid.side.kernels.compiler import load_library
 
 from .alternating import alternate, peak_mb
@@ -191,16 +191,18 @@ def measure_kernel(config: BenchConfig) -> list[dict[str, Any]]:
     rows, threads = [], torch.get_num_threads()
     for shape in (Shape(), Shape(users=64, length=10_000)):
         w = Workload(shape, torch.device("cpu"), config.seed)
-        layout, lengths = w.attention.layout, w.lengths.tolist()
+        layout = w.attention.layout
         query = torch.randn(shape.users, shape.heads, layout.num_features)
-        problem = AttentionProblem(query, w.history, w.lengths, None, None, layout, shape.heads, True)
+        problem = checked_problem(
+            query, w.history, w.lengths, None, None, layout.text, shape.heads, "softmax", None, None, None
+        )
         out = attention_cpu.forward(problem)
         grad, none = torch.randn_like(out.z), torch.zeros_like(out.total)
         works: dict[tuple[str, str], Callable[[], object]] = {
             ("cpu", "forward"): partial(attention_cpu.forward, problem),
-            ("torch", "forward"): partial(attention_torch.forward, problem, lengths),
-            ("cpu", "backward"): partial(attention_cpu.backward, grad, none, problem, out),
-            ("torch", "backward"): partial(attention_torch.backward, grad, none, problem, out, lengths),
+            ("torch", "forward"): partial(attention_torch.forward, problem),
+            ("cpu", "backward"): partial(attention_cpu.backward, grad, none, none, problem, out),
+            ("torch", "backward"): partial(attention_torch.backward, grad, none, none, problem, out),
         }
         for count in sorted({1, threads}):
             torch.set_num_threads(count)

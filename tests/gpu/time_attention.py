@@ -28,7 +28,7 @@ from apps.bench.attention_systems import (
     train_step,
 )
 from torchrec_sid.side.kernels import triton_attention
-from torchrec_sid.side.kernels.attention_problem import AttentionProblem
+from torchrec_sid.side.kernels.attention_problem import AttentionProblem, checked_problem
 from torchrec_sid.side.kernels.triton_attention import Tiles, choose_tiles
 
 Work = Callable[[], object]
@@ -90,7 +90,9 @@ def kernel_problem(w: Workload) -> AttentionProblem:
     """The operator's own inputs, without projections."""
     layout, shape = w.attention.layout, w.shape
     query = torch.randn(shape.users, shape.candidates * shape.heads, layout.num_features, device=w.device)
-    return AttentionProblem(query, w.history, w.lengths, None, None, layout, shape.heads, True)
+    return checked_problem(
+        query, w.history, w.lengths, None, None, layout.text, shape.heads, "softmax", None, None, None
+    )
 
 
 def graphed(work: Work, device: torch.device) -> Work:
@@ -108,9 +110,9 @@ def graphed(work: Work, device: torch.device) -> Work:
 
 def sweep(w: Workload, problem: AttentionProblem) -> list[dict[str, Any]]:
     """Forward and backward time of other tiles than the default ones."""
-    default = choose_tiles(problem.query.shape[1], problem.query.shape[2])
+    default = choose_tiles(problem.most_rows, problem.query.shape[1])
     options = {default}
-    rows = (16,) if problem.query.shape[1] <= 16 else (32, 64, 128)
+    rows = (16,) if problem.most_rows <= 16 else (32, 64, 128)
     if w.device.type == "cuda":
         options |= {
             Tiles(m, n, default.block_f, warps) for m in rows for n in (32, 64, 128) for warps in (4, 8)
@@ -127,7 +129,7 @@ def sweep(w: Workload, problem: AttentionProblem) -> list[dict[str, Any]]:
                 "backward_ms": milliseconds(
                     graphed(
                         lambda t=tiles, g=grad, o=out, z=none: triton_attention.backward(
-                            g, z, problem, o, 3, t
+                            g, z, z, problem, o, 3, t
                         ),
                         w.device,
                     ),
@@ -144,7 +146,7 @@ def measure(shape: Shape, device: torch.device, rates: dict[str, float]) -> dict
     """One shape: kernels against floors, whole modules against rivals, tiles."""
     w = Workload(shape, device)
     problem = kernel_problem(w)
-    tiles = choose_tiles(problem.query.shape[1], problem.query.shape[2])
+    tiles = choose_tiles(problem.most_rows, problem.query.shape[1])
     kernels = []
     for splits in (3, 1):
         out = triton_attention.forward(problem, splits)
@@ -152,7 +154,7 @@ def measure(shape: Shape, device: torch.device, rates: dict[str, float]) -> dict
         for name, work in {
             "forward": lambda s=splits: triton_attention.forward(problem, s),
             "backward": lambda s=splits, g=grad, z=none, o=out: triton_attention.backward(
-                g, z, problem, o, s
+                g, z, z, problem, o, s
             ),
         }.items():
             time = milliseconds(graphed(work, device), device)

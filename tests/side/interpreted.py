@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.side.attention_cases import SPECS, assert_equal, make_case
+from tests.side.request_cases import LAYOUTS, RequestCase
 from torchrec_sid import SidError
 from torchrec_sid.side import EventTermsConfig
-from torchrec_sid.side.kernels.attention_problem import AttentionProblem
+from torchrec_sid.side.kernels.attention_problem import checked_problem
 
 # The whole of Triton has to be imported under the variable.
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -68,8 +69,9 @@ def _raw(case, **changes):
     layout = case.attention.layout
     users = len(case.lengths)
     query = torch.randn(users, 4, layout.num_features, generator=torch.Generator().manual_seed(0))
-    problem = AttentionProblem(
-        query, case.basis.spec.pack_bytes(case.codes), case.lengths, None, None, layout, 2, True
+    events = case.basis.spec.pack_bytes(case.codes)
+    problem = checked_problem(
+        query, events, case.lengths, None, None, layout.text, 2, "softmax", None, None, None
     )
     return triton_attention.forward(problem._replace(**changes))
 
@@ -88,8 +90,20 @@ def test_corrupt_bytes_give_nan_to_their_user_alone(spec) -> None:
     events = case.basis.spec.pack_bytes(case.codes)
     events[1, 1] = 250
     out = _raw(case, events=events)
-    assert out.z[0].isnan().any(dim=-1).all()
-    assert torch.isfinite(out.z[1]).all()
+    assert out.z[:4].isnan().any(dim=-1).all()
+    assert torch.isfinite(out.z[4:]).all()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"counts": (3, 0, 1), "limits": True, "multiplicity": True, "heads": 4},
+        {"counts": (20, 1, 5), "limits": True, "bias": 1},
+        {"counts": (2, 3, 0), "multiplicity": True, "activation": "sigmoid"},
+    ],
+)
+def test_requests_equal_every_row_on_its_own(arguments: dict) -> None:
+    RequestCase(LAYOUTS["terms"], (300, 40, 0), **arguments).check("triton")
 
 
 def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

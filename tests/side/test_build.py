@@ -13,7 +13,7 @@ from tests.side.attention_cases import make_case
 from torchrec_sid import SidError
 from torchrec_sid.side.kernels import attention_cpu
 from torchrec_sid.side.kernels import compiler as build
-from torchrec_sid.side.kernels.attention_problem import AttentionProblem
+from torchrec_sid.side.kernels.attention_problem import checked_problem
 
 # What a process that has not called it yet would do.
 load = build.load_library.__wrapped__
@@ -223,14 +223,19 @@ def test_threads_change_no_bit() -> None:
     case = make_case(lengths=(2_000, 0, 100, 2_100, 1), bias=2)
     generator = torch.Generator().manual_seed(0)
     query, grad_z = torch.randn(2, 5, 40, case.attention.layout.num_features, generator=generator)
+    grad_z = grad_z.flatten(0, 1)
     events, bias = case.basis.spec.pack_bytes(case.codes), case.extra["bias"]
-    problem = AttentionProblem(query, events, case.lengths, None, bias, case.attention.layout, 2, True)
+    problem = checked_problem(
+        query, events, case.lengths, None, bias, case.attention.layout.text, 2, "softmax", None, None, None
+    )
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             out = attention_cpu.forward(problem)
-            results.append((*out, *attention_cpu.backward(grad_z, torch.zeros(5, 40), problem, out)))
+            nothing = torch.zeros(200)
+            grads = attention_cpu.backward(grad_z, nothing, nothing, problem, out)
+            results.append((*out, *grads))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:

@@ -48,7 +48,8 @@ def expected_features(
 @given(
     spec=st.sampled_from(sorted(SPECS)),
     lengths=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 600)), min_size=1, max_size=4),
-    candidates=st.integers(1, 4),
+    candidates=st.integers(1, 20),
+    small_tiles=st.booleans(),
     hot=st.sampled_from([(), (10.0,), (3.0, 10.0, 30.0), (43.0, 0.1)]),
     labels=st.booleans(),
     bins=st.sampled_from([0, 1, 5, 40]),
@@ -58,6 +59,14 @@ def expected_features(
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_equals_the_definitions(
+    backend, spec, lengths, candidates, small_tiles, hot, labels, bins, agreement, centred, seed
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(similarity_operator, "_TILE_FLOATS", 1 << 10 if small_tiles else 1 << 19)
+        check_definitions(backend, spec, lengths, candidates, hot, labels, bins, agreement, centred, seed)
+
+
+def check_definitions(
     backend, spec, lengths, candidates, hot, labels, bins, agreement, centred, seed
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -112,6 +121,16 @@ def test_repeated_directions_count_for_what_they_are() -> None:
     )
     assert features["max"] == pytest.approx(1, abs=1e-5)
     assert features["agreement_0"] == 1
+
+
+def test_small_directions_count_where_nothing_else_does() -> None:
+    """Two items that differ along a direction of a hundredth of the largest alone are opposites."""
+    basis = FrozenBasis.from_digits(SidSpec((3, 3)), torch.tensor([[1.0, 0.0], [0.0, 0.01]]))
+    side = SimilarityFeatures(basis, SimilarityConfig((), labels=False))
+    data = basis.spec.pack_bytes(torch.tensor([[1, 2], [1, 0], [2, 2]]))
+    out = side(data[:1], data, torch.tensor([3]))[0]
+    assert out[side.names.index("max")] == pytest.approx(1, abs=1e-5)
+    assert out[side.names.index("mean")] == pytest.approx((1 - 1 + 0.01) / 3, abs=1e-4)
 
 
 def test_labels_move_the_pools_towards_similar_events() -> None:

@@ -39,10 +39,12 @@ from torchrec_sid.side.kernels.triton_attention import choose_tiles
 for kernel in (kernels.attention_forward, kernels.attention_backward):
     for rows in (4, 256):
         tiles = choose_tiles(rows, 25)
-        constants = dict(columns=5, radix=3, values=243, heads=4, has_shared=False, bias_heads=0,
+        constants = dict(columns=5, radix=3, values=243, heads=4, has_shared=False,
+                         has_limits=True, has_multiplicity=True, bias_heads=0,
                          softmax=True, splits=3, widen=False, chunk=2048, search_steps=9,
                          block_m=tiles.block_m, block_n=tiles.block_n, block_f=tiles.block_f)
-        types = dict(events="*u8", offsets="*i64", item_starts="*i64", users="i32", rows="i32",
+        types = dict(events="*u8", offsets="*i64", item_starts="*i64", row_starts="*i64",
+                     limits="*i64", users="i32", most_rows="i32",
                      num_features="i32", num_events="i32")
         signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature,

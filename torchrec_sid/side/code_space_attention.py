@@ -23,8 +23,8 @@ from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.side.event_layout import event_columns
+from torchrec_sid.side.kernels.arguments import check_lengths
 from torchrec_sid.side.kernels.attention_operator import BACKENDS, Backend, code_attention
-from torchrec_sid.side.kernels.attention_problem import check_lengths
 from torchrec_sid.side.terms import EventTerms, EventTermsConfig
 
 # Below this many features W_k D is formed first, above it each query is brought to d dimensions first.

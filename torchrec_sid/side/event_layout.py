@@ -79,15 +79,27 @@ class FeatureLayout:
     @staticmethod
     @lru_cache(maxsize=256)
     def parse(text: str) -> FeatureLayout:
-        """The inverse of :attr:`text`; the same text gives the same object."""
-        return FeatureLayout(
-            tuple(
-                one_hot_column(int(part[1:]))
-                if part.startswith("#")
-                else digits_column(tuple(int(k) for k in part.split("x")))
-                for part in text.split(",")
-            )
-        )
+        """The inverse of :attr:`text`; the same text gives the same object.
+
+        Raises:
+            SidError: a text that no layout has.
+        """
+        columns = []
+        for part in text.split(","):
+            one_hot, numbers = part.startswith("#"), part.removeprefix("#").split("x")
+            fits = all(number.isascii() and number.isdigit() and len(number) < 10 for number in numbers)
+            values = [int(number) for number in numbers] if fits else []
+            if one_hot and len(values) == 1 and values[0] >= 1:
+                columns.append(one_hot_column(values[0]))
+            elif not one_hot and values and min(values) >= 2 and prod(values) <= 256:
+                columns.append(digits_column(tuple(values)))
+            else:
+                raise SidError(
+                    "layout",
+                    f"{part!r} in {text[:80]!r}",
+                    "Pass FeatureLayout.text: digits within a byte (3x3x3x3x3), or one-hot (#256).",
+                )
+        return FeatureLayout(tuple(columns))
 
     @cached_property
     def digit_columns(self) -> tuple[int, ...]:
@@ -179,20 +191,6 @@ class FeatureLayout:
             index = index + torch.arange(0, 256 * count, 256, dtype=torch.int32, device=events.device)
         table = self.digit_table(dtype, events.device).view(-1, self.digit_width)
         return torch.nn.functional.embedding(index, table).view(*shape, self.digit_features)
-
-    def check(self, events: Tensor, where: str) -> None:
-        """Raise SidError naming the first event and column outside its values (one pass, synchronises)."""
-        for i, column in enumerate(self.columns):
-            bad = events[:, i].to(torch.int32) >= column.values
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0, 0])
-                raise SidError(
-                    where,
-                    f"value {int(events[row, i])} in column {i} of event {row}, "
-                    f"outside 0..{column.values - 1}",
-                    "The first columns are the packed SID (encode with the quantizer of this spec), the "
-                    "others event terms (raise their size in the configuration).",
-                )
 
 
 @lru_cache(maxsize=64)

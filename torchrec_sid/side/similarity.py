@@ -19,11 +19,9 @@ from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.side.event_layout import event_columns
-from torchrec_sid.side.kernels.attention_problem import check_lengths
+from torchrec_sid.side.kernels.arguments import check_lengths
 from torchrec_sid.side.kernels.similarity_operator import similarity_features
-
-# exp(-2 t) must stay a normal float32, which spares a search for the maximum.
-_HOTTEST = 43.0
+from torchrec_sid.side.kernels.similarity_problem import HOTTEST
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,11 @@ class SimilarityConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
-        if not all(0 < t <= _HOTTEST for t in self.temperatures):
+        if not all(0 < t <= HOTTEST for t in self.temperatures):
             raise SidError(
                 "SimilarityConfig.temperatures",
                 str(self.temperatures),
-                f"Choose above 0, at most {_HOTTEST:g}.",
+                f"Choose above 0, at most {HOTTEST:g}.",
             )
         if not 0 <= self.agreement_bins <= 64:
             raise SidError("SimilarityConfig.agreement_bins", str(self.agreement_bins), "Choose 0 to 64.")

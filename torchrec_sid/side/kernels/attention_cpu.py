@@ -23,8 +23,8 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         ("layout", _Layout),
         *c_fields(
-            "query offsets offset bias order scratch",
-            "users rows heads bias_heads softmax threads scratch_floats",
+            "query event_starts row_starts limits multiplicity offset bias",
+            "users heads bias_heads softmax threads running",
         ),
     ]
 
@@ -34,7 +34,7 @@ class _ForwardOut(ctypes.Structure):
 
 
 class _BackwardArgs(ctypes.Structure):
-    _fields_ = c_fields("grad_z grad_total z total peak grad_query grad_offset grad_bias")
+    _fields_ = c_fields("grad_z grad_total delta total peak grad_query grad_offset grad_bias")
 
 
 def unavailable(problem: AttentionProblem) -> str:
@@ -48,29 +48,38 @@ def unavailable(problem: AttentionProblem) -> str:
     return load_library().reason
 
 
-def forward(problem: AttentionProblem) -> AttentionOutput:
-    """See :class:`AttentionProblem`; its lengths have been checked against the events."""
-    query = problem.query
+def forward(problem: AttentionProblem, *, running: bool = False) -> AttentionOutput:
+    """See :class:`AttentionProblem`; everything in it has been checked.
+
+    Args:
+        problem: the inputs.
+        running: never by products of exponentials, always by a running softmax (for comparison).
+    """
     # The kernel leaves alone what has no events, and the padding of digit columns.
-    z = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    total = query.new_zeros(query.shape[:2])
-    peak = query.new_full(query.shape[:2], -torch.inf if problem.softmax else 0.0)
-    call = _Call(problem, tables=1)
+    z = torch.zeros_like(problem.query)
+    total = problem.query.new_zeros(len(z))
+    peak = torch.full_like(total, -torch.inf if problem.softmax else 0.0)
+    call = _Call(problem, running)
     out = _ForwardOut(z.data_ptr(), total.data_ptr(), peak.data_ptr())
     call.library.sid_attention_forward(ctypes.byref(call.struct), ctypes.byref(out))
     return AttentionOutput(z, total, peak)
 
 
 def backward(
-    grad_z: Tensor, grad_total: Tensor, problem: AttentionProblem, out: AttentionOutput
+    grad_z: Tensor,
+    grad_total: Tensor,
+    delta: Tensor,
+    problem: AttentionProblem,
+    out: AttentionOutput,
+    *,
+    running: bool = False,
 ) -> Gradients:
-    """Gradients of the forward pass."""
-    query, bias = problem.query, problem.bias
-    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    grad_offset = query.new_zeros(query.shape[:2])
-    grad_bias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    call = _Call(problem, tables=2)
-    inputs = [t.contiguous() for t in (grad_z, grad_total, out.z, out.total, out.peak)]
+    """Gradients of the forward pass; arguments as in ``attention_torch.backward``."""
+    grad_query = torch.zeros_like(problem.query)
+    grad_offset = torch.zeros_like(out.total)
+    grad_bias = None if problem.bias is None else torch.zeros_like(problem.bias)
+    call = _Call(problem, running)
+    inputs = [t.contiguous() for t in (grad_z, grad_total, delta, out.total, out.peak)]
     args = _BackwardArgs(
         *(t.data_ptr() for t in inputs),
         grad_query.data_ptr(),
@@ -84,49 +93,46 @@ def backward(
 class _Call:
     """The C structure of a problem, and the tensors it points into."""
 
-    def __init__(self, problem: AttentionProblem, tables: int) -> None:
+    def __init__(self, problem: AttentionProblem, running: bool) -> None:
         library = load_library().library
         assert library is not None  # `unavailable` was asked first
         self.library = library
-        users, rows, features = problem.query.shape
-        layout, events = problem.layout, problem.events.contiguous()
+        layout, events, bias = problem.layout, problem.events, problem.bias
         columns = _columns(layout)
         digits = layout.digit_table(torch.float32, torch.device("cpu"))
-        lengths = problem.lengths.to(torch.int64)
-        offsets = torch.zeros(users + 1, dtype=torch.int64)
-        torch.cumsum(lengths, 0, out=offsets[1:])
-        threads = torch.get_num_threads()
-        library.sid_attention_scratch.restype = ctypes.c_int64
-        scratch_floats = library.sid_attention_scratch(
-            *(ctypes.c_int64(n) for n in (events.shape[1], features, rows, tables))
-        )
-        bias = None if problem.bias is None else problem.bias.to(torch.float32).contiguous()
         tensors = (
-            problem.query.contiguous(),
-            offsets,
-            None if problem.offset is None else problem.offset.contiguous(),
+            problem.query,
+            starts(problem.lengths),
+            starts(problem.rows),
+            problem.limits,
+            problem.multiplicity,
+            problem.offset,
             bias,
-            lengths.argsort(descending=True),
-            torch.empty(threads * scratch_floats),
         )
         self._alive = (*tensors, events, columns, digits)
         self.struct = _Problem(
             _Layout(
                 *(t.data_ptr() for t in (events, columns, digits)),
                 events.shape[1],
-                features,
+                layout.num_features,
                 layout.digit_width,
                 int(layout.shares_digit_table),
             ),
             *(None if t is None else t.data_ptr() for t in tensors),
-            users,
-            rows,
+            len(problem.lengths),
             problem.heads,
             0 if bias is None else bias.shape[1],
             int(problem.softmax),
-            threads,
-            scratch_floats,
+            torch.get_num_threads(),
+            int(running),
         )
+
+
+def starts(sizes: Tensor) -> Tensor:
+    """``[U]`` int64 -> ``[U + 1]``: where each begins, and their sum."""
+    out = torch.zeros(len(sizes) + 1, dtype=torch.int64)
+    torch.cumsum(sizes, 0, out=out[1:])
+    return out
 
 
 @lru_cache(maxsize=256)

@@ -12,19 +12,24 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.errors import SidError
-from torchrec_sid.side.event_layout import FeatureLayout
 from torchrec_sid.side.kernels import attention_cpu, attention_torch
+from torchrec_sid.side.kernels.arguments import (
+    check_columns,
+    check_counts,
+    check_lengths,
+    check_limits,
+    check_multiplicity,
+    check_tensor,
+)
 from torchrec_sid.side.kernels.attention_problem import (
     AttentionOutput,
     AttentionProblem,
     Gradients,
-    check_lengths,
-    check_shapes,
+    checked_problem,
 )
 
 Backend = Literal["auto", "torch", "cpu", "triton", "triton_bf16"]
 BACKENDS = ("auto", "torch", "cpu", "triton", "triton_bf16")
-ACTIVATIONS = ("softmax", "sigmoid")
 
 
 def choose_backend(problem: AttentionProblem, backend: str) -> str:
@@ -58,25 +63,6 @@ def _triton_unavailable(problem: AttentionProblem) -> str:
     return triton_attention.unavailable(problem)
 
 
-def _problem(
-    query: Tensor,
-    events: Tensor,
-    lengths: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    layout: str,
-    heads: int,
-    activation: str,
-) -> AttentionProblem:
-    if activation not in ACTIVATIONS:
-        raise SidError("activation", repr(activation), f"Choose one of {', '.join(ACTIVATIONS)}.")
-    problem = AttentionProblem(
-        query, events, lengths, offset, bias, FeatureLayout.parse(layout), heads, activation == "softmax"
-    )
-    check_shapes(problem)
-    return problem
-
-
 @torch.library.custom_op("torchrec_sid::code_attention", mutates_args=())
 def code_attention(
     query: Tensor,
@@ -89,14 +75,18 @@ def code_attention(
     activation: str,
     backend: str,
     validate: bool,
+    counts: Tensor | None = None,
+    limits: Tensor | None = None,
+    multiplicity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of query rows over packed events: returns the fields of :class:`AttentionOutput`.
 
     Args:
-        query: ``[U, M, F]`` float32 or float64.
+        query: ``[U, M, F]`` float32 or float64, M = candidates x heads rows of each user; with ``counts``
+            ``[N, F]``, the rows of all users.
         events: ``[E, S]`` uint8 (int32 where a column needs more).
         lengths: ``[U]`` integers that sum to E.
-        offset: ``[U, M]`` or None.
+        offset: ``[U, M]`` (``[N]``) or None.
         bias: ``[E, heads]``, ``[E, 1]`` or None.
         layout: :attr:`FeatureLayout.text`.
         heads: rows per candidate.
@@ -104,34 +94,62 @@ def code_attention(
         backend: ``auto``, ``torch``, ``cpu``, ``triton``, or ``triton_bf16`` (one bfloat16 product in place
             of three: faster, scores within 0.4%).
         validate: check lengths and events by value on a GPU too, which waits for the device. Without it a
-            GPU gives NaN for the users concerned. On a CPU both are always checked.
+            GPU gives NaN for the users concerned. On a CPU both are always checked, and on any device
+            ``counts``, ``limits`` and ``multiplicity``.
+        counts: ``[U]`` integers, candidates of each user; N = heads x their sum.
+        limits: ``[C]`` integers, one per candidate: events of its user that it sees, from the first.
+        multiplicity: ``[E]`` above 0: how many equal events each stands for.
+
+    Returns:
+        ``z`` like the query; ``total`` and ``peak`` without its last axis.
 
     Raises:
         SidError: wrong shapes or types, lengths that do not sum, events outside the layout.
     """
-    problem = _problem(query, events, lengths, offset, bias, layout, heads, activation)
+    problem = checked_problem(
+        query, events, lengths, offset, bias, layout, heads, activation, counts, limits, multiplicity
+    )
     name = choose_backend(problem, backend)
     on_host = not query.is_cuda
-    host_lengths = lengths.tolist() if on_host or validate or name == "torch" else []
-    if host_lengths or on_host or validate:
-        check_lengths(host_lengths, len(events))
+    _check_values(problem, name, counts is not None, validate)
     if (name == "torch" and problem.layout.one_hot_columns) or (validate and not on_host):
         # A gather outside the table would raise without naming the event (on a GPU: end the process).
-        problem.layout.check(events, "history_bytes")
-    out = _run_forward(problem, name, host_lengths)
+        _check_events(problem)
+    if name == "torch":
+        out = attention_torch.forward(problem)
+    elif name == "cpu":
+        out = attention_cpu.forward(problem)
+    else:
+        from torchrec_sid.side.kernels import triton_attention
+
+        out = triton_attention.forward(problem, splits=1 if name == "triton_bf16" else 3)
     if on_host and bool(out.total.isnan().any()):
-        problem.layout.check(events, "history_bytes")
-    return out.z, out.total, out.peak
+        _check_events(problem)
+    rows = query.shape[:-1]
+    return out.z.view(query.shape), out.total.view(rows), out.peak.view(rows)
 
 
-def _run_forward(problem: AttentionProblem, backend: str, lengths: list[int]) -> AttentionOutput:
-    if backend == "torch":
-        return attention_torch.forward(problem, lengths)
-    if backend == "cpu":
-        return attention_cpu.forward(problem)
-    from torchrec_sid.side.kernels import triton_attention
+def _check_values(problem: AttentionProblem, backend: str, jagged: bool, validate: bool) -> None:
+    """Refuse sizes that do not describe the tensors; only those of the dense form may wait."""
+    if not problem.query.is_cuda or validate or backend == "torch" or problem.limits is not None or jagged:
+        check_lengths(problem.lengths.tolist(), len(problem.events))
+    if jagged:
+        counts = problem.rows // problem.heads
+        check_counts(counts.tolist(), len(problem.query) // problem.heads)
+    if problem.limits is not None:
+        check_limits(problem.limits, problem.lengths, problem.rows // problem.heads)
+    if problem.multiplicity is not None:
+        check_multiplicity(problem.multiplicity)
 
-    return triton_attention.forward(problem, splits=1 if backend == "triton_bf16" else 3)
+
+def _check_events(problem: AttentionProblem) -> None:
+    check_columns(
+        "history_bytes",
+        problem.events,
+        tuple(column.values for column in problem.layout.columns),
+        "The first columns are the packed SID (encode with the quantizer of this spec), the others event "
+        "terms (raise their size in the configuration).",
+    )
 
 
 @code_attention.register_fake
@@ -146,8 +164,11 @@ def _(
     activation: str,
     backend: str,
     validate: bool,
+    counts: Tensor | None = None,
+    limits: Tensor | None = None,
+    multiplicity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = query.shape[:2]
+    rows = query.shape[:-1]
     return query.new_empty(query.shape), query.new_empty(rows), query.new_empty(rows)
 
 
@@ -167,23 +188,77 @@ def code_attention_backward(
     heads: int,
     activation: str,
     backend: str,
+    counts: Tensor | None = None,
+    limits: Tensor | None = None,
+    multiplicity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to query, offset and bias (empty where there is no bias)."""
-    problem = _problem(query, events, lengths, offset, bias, layout, heads, activation)
-    name, out = choose_backend(problem, backend), AttentionOutput(z, total, peak)
-    if not query.is_cuda:
-        check_lengths(lengths.tolist(), len(events))
-    grads: Gradients
-    if name == "torch":
-        grads = attention_torch.backward(grad_z, grad_total, problem, out, lengths.tolist())
-    elif name == "cpu":
-        grads = attention_cpu.backward(grad_z, grad_total, problem, out)
-    else:
-        from torchrec_sid.side.kernels import triton_attention
+    """Gradients with respect to query, offset and bias (empty where there is no bias).
 
-        splits = 1 if name == "triton_bf16" else 3
-        grads = triton_attention.backward(grad_z, grad_total, problem, out, splits)
-    return grads.query, grads.offset, query.new_empty(0) if grads.bias is None else grads.bias
+    Raises:
+        SidError: as :func:`code_attention`.
+    """
+    problem = checked_problem(
+        query, events, lengths, offset, bias, layout, heads, activation, counts, limits, multiplicity
+    )
+    same, rows = (query.dtype,), query.shape[:-1]
+    grad_z, z = (
+        check_tensor(where, tensor, same, query.shape, query.device).flatten(0, -2)
+        for where, tensor in (("grad_z", grad_z), ("z", z))
+    )
+    grad_total, total, peak = (
+        check_tensor(where, tensor, same, rows, query.device).flatten()
+        for where, tensor in (("grad_total", grad_total), ("total", total), ("peak", peak))
+    )
+    name, out = choose_backend(problem, backend), AttentionOutput(z, total, peak)
+    _check_values(problem, name, counts is not None, validate=False)
+    if name == "torch" and problem.layout.one_hot_columns:
+        _check_events(problem)
+    grads = _exact_gradients(name, problem, out, grad_z, grad_total)
+    if not query.is_cuda and bool(grads.offset.isnan().any()):
+        _check_events(problem)
+    grad_bias = query.new_empty(0) if grads.bias is None else grads.bias
+    return grads.query.view(query.shape), grads.offset.view(rows), grad_bias
+
+
+def _exact_gradients(
+    backend: str, problem: AttentionProblem, out: AttentionOutput, grad_z: Tensor, grad_total: Tensor
+) -> Gradients:
+    """Gradients whose mean is that of the very products that were added up.
+
+    The gradient of a score is ``p_i (g_i - delta)`` with ``g_i = grad_z . phi_i`` and
+    ``delta = sum_i p_i g_i``. Where one event has all the weight the true difference is 0, and what is left
+    of a delta that was summed in another order (``grad_z . z``) is noise times a large score. A backend is
+    therefore given an approximate delta and returns the sums as they are; their total is what delta lacked,
+    and its share of z is taken off them: exact, in one pass over the events whatever their number.
+    """
+    delta = (grad_z * out.z).sum(-1)
+    grads = _run_backward(backend, problem, out, grad_z, grad_total, delta)
+    if not problem.softmax:
+        return grads
+    if problem.bias is not None:
+        # The gradient of a bias is one per event: it needs the exact delta beforehand.
+        grads = _run_backward(backend, problem, out, grad_z, grad_total, delta + grads.offset)
+    query = grads.query - grads.offset.unsqueeze(-1) * out.z
+    # A softmax does not see what all scores share. NaN stays.
+    return Gradients(query, grads.offset * 0, grads.bias)
+
+
+def _run_backward(
+    backend: str,
+    problem: AttentionProblem,
+    out: AttentionOutput,
+    grad_z: Tensor,
+    grad_total: Tensor,
+    delta: Tensor,
+) -> Gradients:
+    if backend == "torch":
+        return attention_torch.backward(grad_z, grad_total, delta, problem, out)
+    if backend == "cpu":
+        return attention_cpu.backward(grad_z, grad_total, delta, problem, out)
+    from torchrec_sid.side.kernels import triton_attention
+
+    splits = 1 if backend == "triton_bf16" else 3
+    return triton_attention.backward(grad_z, grad_total, delta, problem, out, splits)
 
 
 @code_attention_backward.register_fake
@@ -202,31 +277,34 @@ def _(
     heads: int,
     activation: str,
     backend: str,
+    counts: Tensor | None = None,
+    limits: Tensor | None = None,
+    multiplicity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_bias = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2]), grad_bias
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1]), grad_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, events, lengths, offset, bias, *ctx.static, _ = inputs
-    ctx.save_for_backward(*output, query, events, lengths, offset, bias)
+    query, events, lengths, offset, bias, layout, heads, activation, backend, _, *request = inputs
+    ctx.static = (layout, heads, activation, backend)
+    ctx.save_for_backward(*output, query, events, lengths, offset, bias, *request)
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx: Any, grad_z: Tensor, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    offset, bias = ctx.saved_tensors[-2:]
-    grads = code_attention_backward(
-        grad_z.contiguous(), grad_total.contiguous(), *ctx.saved_tensors, *ctx.static
+    saved = ctx.saved_tensors
+    offset, bias, *request = saved[6:]
+    grad_query, grad_offset, grad_bias = code_attention_backward(
+        grad_z.contiguous(), grad_total.contiguous(), *saved[:8], *ctx.static, *request
     )
-    grad_query, grad_offset, grad_bias = grads
-    nothing = (None,) * 5
     return (
         grad_query,
         None,
         None,
         None if offset is None else grad_offset,
         None if bias is None else grad_bias,
-        *nothing,
+        *((None,) * 8),
     )
 
 

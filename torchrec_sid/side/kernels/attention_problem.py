@@ -9,103 +9,133 @@ from torch import Tensor
 
 from torchrec_sid.errors import SidError
 from torchrec_sid.side.event_layout import FeatureLayout
+from torchrec_sid.side.kernels.arguments import INTEGERS, check_number, check_tensor
+
+ACTIVATIONS = ("softmax", "sigmoid")
 
 
 class AttentionProblem(NamedTuple):
-    """Inputs of the forward pass; U users, M = candidates x heads rows, E events, F features.
+    """Inputs of the forward pass; U users, N rows (candidates x heads) of all users, E events, F features.
 
-    With ``phi_i`` the features of event i (see ``FeatureLayout``), every row of a user's query scores
-    ``s_i = query . phi_i + offset + bias_i`` and collects ``z = sum_i w(s)_i phi_i``, where ``w`` is the
-    softmax over the user's events, or the sigmoid.
+    With ``phi_i`` the features of event i (see ``FeatureLayout``) and ``n_i`` how often it occurred, every
+    row of a user's query scores ``s_i = query . phi_i + offset + bias_i`` and collects
+    ``z = sum_i w(s)_i phi_i``, where ``w`` is the softmax over the events that the row sees,
+    ``n_i exp(s_i) / sum_j n_j exp(s_j)``, or ``n_i sigmoid(s_i)``.
     """
 
     query: Tensor
-    """``[U, M, F]`` float32 or float64; row ``c * heads + h`` is head h of candidate c."""
+    """``[N, F]`` float32 or float64, user after user; a candidate's heads stand together."""
     events: Tensor
     """``[E, S]`` uint8 (int32 where a column needs more), user after user."""
     lengths: Tensor
-    """``[U]`` integers that sum to E."""
+    """``[U]`` int64 that sum to E."""
+    rows: Tensor
+    """``[U]`` int64, multiples of ``heads`` that sum to N."""
+    limits: Tensor | None
+    """``[N / heads]`` int64: a candidate sees that many events of its user, from the first; None: all."""
+    multiplicity: Tensor | None
+    """``[E]`` above 0, in the type of the query: how many equal events each stands for; None: 1."""
     offset: Tensor | None
-    """``[U, M]``, added to every score of the row."""
+    """``[N]``, added to every score of the row."""
     bias: Tensor | None
     """``[E, heads]`` or ``[E, 1]``, added per event; -inf masks an event."""
     layout: FeatureLayout
     heads: int
     softmax: bool
     """False: sigmoid weights, not normalised."""
+    most_rows: int
+    """The largest of :attr:`rows`."""
 
 
 class AttentionOutput(NamedTuple):
     """Result of the forward pass."""
 
     z: Tensor
-    """``[U, M, F]``: weighted sum of features."""
+    """``[N, F]``: weighted sum of features."""
     total: Tensor
-    """``[U, M]``: sum of weights; for a softmax ``sum_i exp(s_i - peak)``, 0 where there is nothing."""
+    """``[N]``: sum of weights; for a softmax ``sum_i n_i exp(s_i - peak)``, 0 where there is nothing."""
     peak: Tensor
-    """``[U, M]``: the largest score, -inf where there is none; zeros for a sigmoid. Kept apart from the
-    total, because in ``peak + log(total)`` the ties of a large score would be rounded away."""
+    """``[N]``: for a softmax the largest score, or an upper bound of the scores, -inf where there is none;
+    zeros for a sigmoid. Kept apart from the total, because in ``peak + log(total)`` the ties of a large
+    score would be rounded away."""
 
 
 class Gradients(NamedTuple):
     """Result of the backward pass."""
 
     query: Tensor
-    """``[U, M, F]``."""
+    """``[N, F]``."""
     offset: Tensor
-    """``[U, M]``."""
+    """``[N]``."""
     bias: Tensor | None
     """Like :attr:`AttentionProblem.bias`, where that was given."""
 
 
-def check_shapes(problem: AttentionProblem) -> None:
-    """Refuse shapes and types that no backend could read; looks at no value.
+def checked_problem(
+    query: Tensor,
+    events: Tensor,
+    lengths: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    layout: str,
+    heads: int,
+    activation: str,
+    counts: Tensor | None,
+    limits: Tensor | None,
+    multiplicity: Tensor | None,
+) -> AttentionProblem:
+    """The arguments of the operator as a problem; looks at no value of a tensor but the largest count.
 
     Raises:
-        SidError: naming the argument.
+        SidError: naming the argument whose type, shape or device no backend could read.
     """
-    query, events, lengths, offset, bias, layout, heads, _ = problem
-    if query.dtype not in (torch.float32, torch.float64):
-        raise SidError(
-            "query",
-            f"dtype {query.dtype}",
-            "Code-space attention computes in float32: cast the query to it.",
-        )
-    if query.dim() != 3 or query.shape[2] != layout.num_features or query.shape[1] % heads:
-        raise SidError(
-            "query",
-            f"shape {tuple(query.shape)}",
-            f"Pass [users, candidates x {heads}, {layout.num_features}].",
-        )
-    if events.dim() != 2 or events.shape[1] != len(layout.columns) or events.dtype != layout.event_dtype:
-        raise SidError(
-            "history_bytes",
-            f"{events.dtype} of shape {tuple(events.shape)}",
-            f"Pass [events, {len(layout.columns)}] {layout.event_dtype}, as the spec packs it.",
-        )
-    if lengths.dim() != 1 or lengths.shape[0] != query.shape[0] or lengths.dtype.is_floating_point:
-        raise SidError(
-            "lengths",
-            f"{lengths.dtype} of shape {tuple(lengths.shape)} for {query.shape[0]} users",
-            "Pass one integer per user.",
-        )
-    if offset is not None and offset.shape != query.shape[:2]:
-        raise SidError("offset", f"shape {tuple(offset.shape)}", f"Pass {tuple(query.shape[:2])}.")
-    if bias is not None and tuple(bias.shape) not in ((len(events), heads), (len(events), 1)):
-        raise SidError(
-            "bias", f"shape {tuple(bias.shape)}", f"Pass one number per event, or [{len(events)}, {heads}]."
-        )
+    if activation not in ACTIVATIONS:
+        raise SidError("activation", repr(activation), f"Choose one of {', '.join(ACTIVATIONS)}.")
+    check_number("heads", heads, 1)
+    columns, device = FeatureLayout.parse(layout), query.device
+    same, users, events_here = (query.dtype,), _size(lengths), _size(events)
+    features = columns.num_features
+    axes = ("users", f"candidates x {heads}", features) if counts is None else ("rows", features)
+    query = check_tensor("query", query, (torch.float32, torch.float64), axes, device)
+    rows_shape = query.shape[:-1]
+    if rows_shape[-1] % heads:
+        raise SidError("query", f"{rows_shape[-1]} rows", f"Pass whole candidates of {heads} heads.")
+    if counts is None and rows_shape[0] != users:
+        raise SidError("lengths", f"{users} for {rows_shape[0]} users", "Pass one integer per user.")
+    events = check_tensor(
+        "history_bytes", events, (columns.event_dtype,), ("events", len(columns.columns)), device
+    )
+    lengths = check_tensor("lengths", lengths, INTEGERS, (users,), device).to(torch.int64)
+    if counts is None:
+        rows, most = lengths.new_full((users,), rows_shape[1]), rows_shape[1]
+    else:
+        rows = check_tensor("counts", counts, INTEGERS, (users,), device).to(torch.int64) * heads
+        most = int(rows.max()) if users else 0
+    if offset is not None:
+        offset = check_tensor("offset", offset, same, rows_shape, device).flatten()
+    if bias is not None:
+        width = 1 if bias.dim() == 2 and bias.shape[1] == 1 else heads
+        bias = check_tensor("bias", bias, same, (events_here, width), device)
+    query = query.flatten(0, -2)
+    if limits is not None:
+        limits = check_tensor("limits", limits, INTEGERS, (len(query) // heads,), device).to(torch.int64)
+    if multiplicity is not None:
+        multiplicity = check_tensor("multiplicity", multiplicity, same, (events_here,), device)
+    return AttentionProblem(
+        query,
+        events,
+        lengths,
+        rows,
+        limits,
+        multiplicity,
+        offset,
+        bias,
+        columns,
+        heads,
+        activation == "softmax",
+        most,
+    )
 
 
-def check_lengths(lengths: list[int], events: int) -> None:
-    """Refuse lengths that do not describe the events.
-
-    Raises:
-        SidError: a negative length, or a sum that is not the number of events.
-    """
-    if any(length < 0 for length in lengths):
-        raise SidError("lengths", f"length {min(lengths)}", "A history has 0 events or more.")
-    if sum(lengths) != events:
-        raise SidError(
-            "lengths", f"sum {sum(lengths)} for {events} events", "Pass the number of events of each user."
-        )
+def _size(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0

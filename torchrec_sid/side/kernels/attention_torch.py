@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.side.kernels.attention_problem import AttentionOutput, AttentionProblem, Gradients
-from torchrec_sid.side.kernels.ragged import Tile, group_users, tiles
+from torchrec_sid.side.kernels.ragged import Group, Tile, group_users, tiles
 
 # Floats that a tile may hold: near the size of a second-level cache, where a sweep over tile sizes at
 # 16 x 4,096 and 64 x 10,000 events was flat and best.
@@ -31,71 +31,80 @@ class _Features(NamedTuple):
 def tile_events(problem: AttentionProblem) -> int:
     """Events per tile."""
     layout = problem.layout
-    floats = layout.digit_features + 2 * len(layout.one_hot_columns) + 2 * problem.query.shape[1]
+    floats = layout.digit_features + 2 * len(layout.one_hot_columns) + 2 * problem.most_rows
     return max(64, _TILE_FLOATS // max(1, floats))
 
 
-def forward(problem: AttentionProblem, lengths: list[int]) -> AttentionOutput:
-    """See :class:`AttentionProblem`; ``lengths`` is ``problem.lengths`` on the host."""
+def forward(problem: AttentionProblem) -> AttentionOutput:
+    """See :class:`AttentionProblem`."""
     query = problem.query
-    z = torch.zeros_like(query)
-    total = query.new_zeros(query.shape[:2])
-    peak = query.new_full(query.shape[:2], -torch.inf if problem.softmax else 0.0)
+    z, total = torch.zeros_like(query), query.new_zeros(query.shape[0])
+    peak = torch.full_like(total, -torch.inf if problem.softmax else 0.0)
     size = tile_events(problem)
-    for group in group_users(lengths, size):
-        at = group.user_index
-        state = None
+    for group in _groups(problem, size):
+        rows, state = group.take(query), None
         for tile in tiles(group, size):
             features = _read(problem, tile)
-            scores = _scores(problem, tile, features, query[at])
-            if not problem.softmax:
-                p = scores.sigmoid_()
-                z[at] += _collect(problem, features, p)
-                total[at] += p.sum(-1)
-                continue
-            state = _advance(state, problem, features, scores)
-        if state is not None:
-            peak[at], total[at], summed = state
-            z[at] = summed / state[1].clamp_min(torch.finfo(z.dtype).tiny).unsqueeze(-1)
+            state = _advance(state, problem, tile, features, _scores(problem, tile, features, rows))
+        assert state is not None
+        top, weight, summed = state
+        group.put(total, weight)
+        if problem.softmax:
+            group.put(peak, top)
+            summed = summed / weight.clamp_min(torch.finfo(z.dtype).tiny).unsqueeze(-1)
+        group.put(z, summed)
     return AttentionOutput(z, total, peak)
 
 
 def backward(
-    grad_z: Tensor, grad_total: Tensor, problem: AttentionProblem, out: AttentionOutput, lengths: list[int]
+    grad_z: Tensor, grad_total: Tensor, delta: Tensor, problem: AttentionProblem, out: AttentionOutput
 ) -> Gradients:
-    """Gradients of the forward pass; weights are recomputed, tile by tile."""
+    """Gradients of the forward pass; weights are recomputed, tile by tile.
+
+    Args:
+        grad_z: ``[N, F]``.
+        grad_total: ``[N]``, read for a sigmoid.
+        delta: ``[N]``, subtracted from ``grad_z . phi`` for a softmax.
+        problem: the inputs.
+        out: the outputs.
+    """
     query, bias, heads = problem.query, problem.bias, problem.heads
-    grad_query = torch.zeros_like(query)
-    grad_offset = query.new_zeros(query.shape[:2])
+    grad_query, grad_offset = torch.zeros_like(query), query.new_zeros(query.shape[0])
     grad_bias = None if bias is None else torch.zeros_like(bias)
-    delta = (grad_z * out.z).sum(-1)
     peak = torch.where(out.peak.isneginf(), 0.0, out.peak)
     total = out.total.clamp_min(torch.finfo(query.dtype).tiny)
+    shift = -delta if problem.softmax else grad_total
     size = tile_events(problem)
-    for group in group_users(lengths, size):
-        at = group.user_index
+    for group in _groups(problem, size):
+        rows, upstream, moved = group.take(query), group.take(grad_z), group.take(shift).unsqueeze(-1)
+        top, weight = group.take(peak).unsqueeze(-1), group.take(total).unsqueeze(-1)
+        collected = torch.zeros_like(rows)
+        summed = rows.new_zeros(rows.shape[:2])
         for tile in tiles(group, size):
             features = _read(problem, tile)
-            p = _scores(problem, tile, features, query[at])
-            grad = _dot(problem, features, grad_z[at])
+            p = _scores(problem, tile, features, rows)
+            grad = _dot(problem, features, upstream).add_(moved)
             if problem.softmax:
-                p = p.sub_(peak[at].unsqueeze(-1)).exp_().div_(total[at].unsqueeze(-1))
-                # With the whole history at hand, the mean of these very products cancels exactly where
-                # one event has all the weight.
-                whole = tile.width == group.longest
-                mean = (p * grad).sum(-1) if whole else delta[at]
-                grad = grad.sub_(mean.unsqueeze(-1)).mul_(p)
+                grad = grad.mul_(p.sub_(top).exp_().div_(weight))
             else:
                 p = p.sigmoid_()
-                grad = grad.add_(grad_total[at].unsqueeze(-1)).mul_(p).mul_(1 - p)
-            grad_query[at] += _collect(problem, features, grad)
-            grad_offset[at] += grad.sum(-1)
+                grad = grad.mul_(p).mul_(1 - p)
+            if problem.multiplicity is not None:
+                grad = grad.mul_(tile.read(problem.multiplicity).unsqueeze(1))
+            collected += _collect(problem, features, grad)
+            summed += grad.sum(-1)
             if grad_bias is not None:
                 per_head = grad.unflatten(1, (grad.shape[1] // heads, heads)).sum(1)
                 if grad_bias.shape[1] == 1:
                     per_head = per_head.sum(1, keepdim=True)
                 tile.write(grad_bias, per_head.transpose(1, 2))
+        group.put(grad_query, collected)
+        group.put(grad_offset, summed)
     return Gradients(grad_query, grad_offset, grad_bias)
+
+
+def _groups(problem: AttentionProblem, size: int) -> list[Group]:
+    return group_users(problem.lengths.tolist(), problem.rows.tolist(), size)
 
 
 def _read(problem: AttentionProblem, tile: Tile) -> _Features:
@@ -128,31 +137,40 @@ def _collect(problem: AttentionProblem, features: _Features, weights: Tensor) ->
 
 
 def _scores(problem: AttentionProblem, tile: Tile, features: _Features, query: Tensor) -> Tensor:
-    scores = _dot(problem, features, query)
+    """``[g, M, n]``; -inf where a row sees no event."""
+    scores, group, heads = _dot(problem, features, query), tile.group, problem.heads
     if problem.offset is not None:
-        scores += problem.offset[tile.group.user_index].unsqueeze(-1)
+        scores += group.take(problem.offset).unsqueeze(-1)
     if problem.bias is not None:
         per_head = tile.read(problem.bias).transpose(1, 2).unsqueeze(1)
-        scores.unflatten(1, (scores.shape[1] // problem.heads, problem.heads)).add_(per_head)
-    valid = tile.valid(scores.device)
-    if valid is not None:
-        scores.masked_fill_(~valid.unsqueeze(1), -torch.inf)
-    return scores
+        scores.unflatten(1, (scores.shape[1] // heads, heads)).add_(per_head)
+    limits = None
+    if problem.limits is not None:
+        limits = group.take(problem.limits.repeat_interleave(heads))
+    seen = tile.seen(limits, scores.device)
+    return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
 
 
 def _advance(
     state: tuple[Tensor, Tensor, Tensor] | None,
     problem: AttentionProblem,
+    tile: Tile,
     features: _Features,
     scores: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of the running softmax: (largest score so far, sum of weights, weighted sum of features)."""
-    peak = scores.amax(-1)
-    if state is not None:
-        peak = torch.maximum(peak, state[0])
-    # Where every event so far is masked the peak is -inf; 0 then makes the weights exp(-inf) = 0.
-    base = torch.where(peak.isneginf(), 0.0, peak)
-    p = scores.sub_(base.unsqueeze(-1)).exp_()
+    """One step of the sums: (largest score so far, sum of weights, weighted sum of features)."""
+    if problem.softmax:
+        peak = scores.amax(-1)
+        if state is not None:
+            peak = torch.maximum(peak, state[0])
+        # Where every event so far is masked the peak is -inf; 0 then makes the weights exp(-inf) = 0.
+        base = torch.where(peak.isneginf(), 0.0, peak)
+        p = scores.sub_(base.unsqueeze(-1)).exp_()
+    else:
+        p = scores.sigmoid_()
+        peak = base = p.new_zeros(p.shape[:2])
+    if problem.multiplicity is not None:
+        p = p.mul_(tile.read(problem.multiplicity).unsqueeze(1))
     total, summed = p.sum(-1), _collect(problem, features, p)
     if state is not None:
         shrink = (state[0] - base).exp()

@@ -28,10 +28,10 @@ struct Layout {
   int64_t count, features, digit_width, digits_shared;
 };
 
-// Vectors of F features each, of which lane l is row first + l.
+// Vectors of F features each, of which lane l is number rows[l].
 struct Rows {
   const float* vectors;
-  int64_t first;
+  const int64_t* rows;
   int lanes;
 };
 
@@ -51,7 +51,9 @@ class Coder {
 
   // Choose between tables and digits for a history of n events: to build and fold a table costs per value
   // about what an event costs per digit (25 trits: they break even near 48 events, measured).
-  void plan(int64_t n) { direct_ = n * multiply_ < values_; }
+  bool pays_for_tables(int64_t n) const { return n * multiply_ >= values_; }
+  void plan(int64_t n) { direct_ = !pays_for_tables(n); }
+  void use_tables() { direct_ = false; }
 
   // Rows outside the alphabet are NaN: a corrupt byte makes the result NaN, never a plausible number.
   void poison(float* table) const {
@@ -174,15 +176,20 @@ class Coder {
         const int k = column.radices[j];
         size /= k;
         F z = F{};
-        for (int d = 0; d < k; d++) {
-          F mass = F{};
-          for (int r = 0; r < size; r++) {
-            const F w = load<L>(h + (d * size + r) * L);
-            mass += w;
-            if (d) store<L>(h + r * L, load<L>(h + r * L) + w);
+        pieces<L>([&](int lane) {
+          Piece<L> part = Piece<L>{};
+          for (int d = 0; d < k; d++) {
+            Piece<L> mass = Piece<L>{};
+            for (int r = 0; r < size; r++) {
+              float* h_r = h + r * L + lane;
+              const Piece<L> w = piece<L>(h_r + d * size * L);
+              mass += w;
+              if (d) put_piece<L>(h_r, piece<L>(h_r) + w);
+            }
+            part += mass * (d - 0.5f * (k - 1));
           }
-          z += mass * (d - 0.5f * (k - 1));
-        }
+          std::memcpy(reinterpret_cast<float*>(&z) + lane, &part, sizeof part);
+        });
         put(out, rows, column.start + j, z * scale);
       }
     }
@@ -193,12 +200,12 @@ class Coder {
 
   F feature(const Rows& rows, int64_t f) const {
     F v = F{};
-    for (int l = 0; l < rows.lanes; l++) v[l] = rows.vectors[(rows.first + l) * l_.features + f];
+    for (int l = 0; l < rows.lanes; l++) v[l] = rows.vectors[rows.rows[l] * l_.features + f];
     return v;
   }
 
   void put(float* out, const Rows& rows, int64_t f, F v) const {
-    for (int l = 0; l < rows.lanes; l++) out[(rows.first + l) * l_.features + f] = v[l];
+    for (int l = 0; l < rows.lanes; l++) out[rows.rows[l] * l_.features + f] = v[l];
   }
 
   template <int G>

@@ -1,51 +1,19 @@
 // Pooled cosines of candidates with histories of packed bytes; the mathematics is that of similarity_problem.py.
 //
-// An event is decoded into the r coordinates of its subspace by adding one table row per byte, scaled to unit
-// length, and multiplied with every candidate; the cosines are pooled 16 events at a time.
-
-#include <algorithm>
-#include <cmath>
+// For few candidates an event is decoded into the r coordinates of its subspace by adding one table row per byte,
+// scaled to unit length, and multiplied with every candidate; the cosines are pooled 16 events at a time. For many
+// candidates see similarity_lanes.h.
 
 #include "parallel.h"
-#include "vectors.h"
+#include "similarity_lanes.h"
 
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kMaxHot = 16;          // temperatures
 constexpr int kTileFloats = 1 << 13;  // decoded events held at a time: 32 KiB
+constexpr int64_t kManyCandidates = kNative;
 
 typedef Lanes<kLanes>::F F;
 typedef Lanes<kLanes>::I I;
-
-struct Similarity {
-  const uint8_t* candidates;     // [users, candidates, columns]
-  const uint8_t* events;         // [events, columns]
-  const int64_t* offsets;        // [users + 1]
-  const float* labels;           // [events] or null
-  const float* table;            // [columns, 256, rank], rank a multiple of 16
-  const uint8_t* match;          // [columns or 1, 256, 256]
-  const int64_t* levels;         // [columns]
-  const float* temperatures;     // [hot]
-  const int64_t* bin_of;         // [sum of levels + 1]
-  const int64_t* order;          // users, longest history first
-  float* scratch;                // [threads, scratch_floats]
-  float* sums;                   // [users, candidates, 2 + hot (+ hot + 1 with labels) + bins], zeros
-  float* maxima;                 // [users, candidates, 1 or 3], -1
-  int64_t users, per_user, columns, rank, hot, bins, num_sums, num_maxima, prefix, match_shared, threads,
-      scratch_floats;
-};
-
-inline float lane_sum(F v) {
-  // By halves: a chain of 16 dependent additions would cost more than the product it ends.
-  Lanes<8>::F a[2];
-  std::memcpy(a, &v, sizeof v);
-  a[0] += a[1];
-  Lanes<4>::F b[2];
-  std::memcpy(b, a, sizeof b);
-  b[0] += b[1];
-  return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
-}
 
 inline float lane_max(F v) {
   float s = v[0];
@@ -53,31 +21,35 @@ inline float lane_max(F v) {
   return s;
 }
 
-int64_t tile_events(int64_t rank) { return std::max<int64_t>(kLanes, kTileFloats / rank / kLanes * kLanes); }
+inline int64_t tile_events(int64_t rank) {
+  return std::max<int64_t>(kLanes, kTileFloats / rank / kLanes * kLanes);
+}
 
-class User {
+class FewCandidates {
  public:
-  User(const Similarity& p, float* scratch) : p_(p), tile_(tile_events(p.rank)) {
-    units_ = scratch;
-    cosine_ = units_ + tile_ * p.rank;
+  explicit FewCandidates(const Similarity& p) : p_(p), tile_(tile_events(p.rank)) {
+    units_.reset(new float[tile_ * p.rank + 3 * tile_]);
+    cosine_ = units_.get() + tile_ * p.rank;
     label_ = cosine_ + tile_;
-    wanted_ = label_ + tile_;
+    times_ = label_ + tile_;
   }
 
   void run(int64_t user) {
-    const int64_t begin = p_.offsets[user], end = p_.offsets[user + 1];
-    if (begin == end) return;
-    decode(p_.candidates + user * p_.per_user * p_.columns, p_.per_user, wanted_);
+    const int64_t begin = p_.event_starts[user], end = p_.event_starts[user + 1];
+    const int64_t first = p_.candidate_starts[user], count = p_.candidate_starts[user + 1] - first;
+    if (begin == end || !count) return;
+    wanted_.resize(count * p_.rank);
+    p_.decode(p_.candidates + first * p_.columns, count, wanted_.data());
     for (int64_t at = begin; at < end; at += tile_) {
-      const int n = static_cast<int>(std::min(tile_, end - at));
-      decode(p_.events + at * p_.columns, n, units_);
-      if (p_.labels) {
-        std::copy_n(p_.labels + at, n, label_);
-        std::fill(label_ + n, label_ + (n + kLanes - 1) / kLanes * kLanes, 0.0f);
-      }
-      for (int64_t c = 0; c < p_.per_user; c++) {
-        const int64_t row = user * p_.per_user + c;
-        products(wanted_ + c * p_.rank, n);
+      const int whole = static_cast<int>(std::min(tile_, end - at));
+      p_.decode(p_.events + at * p_.columns, whole, units_.get());
+      copy(p_.labels, at, whole, 1.0f, label_);
+      copy(p_.multiplicity, at, whole, 1.0f, times_);
+      for (int64_t c = 0; c < count; c++) {
+        const int64_t row = first + c;
+        const int n = static_cast<int>(std::min<int64_t>(whole, p_.seen(user, row) - (at - begin)));
+        if (n <= 0) continue;
+        products(wanted_.data() + c * p_.rank, n);
         pool(n, p_.sums + row * p_.num_sums, p_.maxima + row * p_.num_maxima);
         if (p_.bins) count_agreement(p_.candidates + row * p_.columns, at, n, p_.sums + row * p_.num_sums);
       }
@@ -85,56 +57,23 @@ class User {
   }
 
  private:
-  // Unit vectors of events or candidates; zero stays zero, a byte outside the alphabet gives NaN.
-  void decode(const uint8_t* bytes, int64_t n, float* out) const {
-    switch (p_.rank / kLanes) {  // ranks of up to 96 stay in registers
-      case 1: return decode_all<1>(bytes, n, out);
-      case 2: return decode_all<2>(bytes, n, out);
-      case 3: return decode_all<3>(bytes, n, out);
-      case 4: return decode_all<4>(bytes, n, out);
-      case 5: return decode_all<5>(bytes, n, out);
-      case 6: return decode_all<6>(bytes, n, out);
-      default: return decode_all<0>(bytes, n, out);
-    }
-  }
-
-  template <int R>
-  void decode_all(const uint8_t* bytes, int64_t n, float* out) const {
-    constexpr int step = R ? R : 1;
-    for (int64_t i = 0; i < n; i++, bytes += p_.columns, out += p_.rank) {
-      F square = F{};
-      for (int64_t k = 0; k < p_.rank; k += step * kLanes) {
-        const float* rows = p_.table + k;
-        F v[step] = {};
-        for (int64_t c = 0; c < p_.columns; c++, rows += 256 * p_.rank)
-          for (int j = 0; j < step; j++) v[j] += load<kLanes>(rows + bytes[c] * p_.rank + j * kLanes);
-        for (int j = 0; j < step; j++) {
-          store<kLanes>(out + k + j * kLanes, v[j]);
-          square += v[j] * v[j];
-        }
-      }
-      scale_to_unit(square, out);
-    }
-  }
-
-  void scale_to_unit(F square, float* out) const {
-    const float norm = std::sqrt(lane_sum(square));
-    const float scale = norm > 0 || norm != norm ? 1.0f / norm : 0.0f;
-    for (int64_t k = 0; k < p_.rank; k += kLanes) store<kLanes>(out + k, load<kLanes>(out + k) * scale);
+  static void copy(const float* values, int64_t at, int n, float otherwise, float* out) {
+    for (int i = 0; i < n; i++) out[i] = values ? values[at + i] : otherwise;
+    std::fill(out + n, out + (n + kLanes - 1) / kLanes * kLanes, 0.0f);
   }
 
   void products(const float* wanted, int n) {
     for (int i = 0; i < n; i++) {
       F v = F{};
       for (int64_t k = 0; k < p_.rank; k += kLanes)
-        v += load<kLanes>(wanted + k) * load<kLanes>(units_ + i * p_.rank + k);
+        v += load<kLanes>(wanted + k) * load<kLanes>(units_.get() + i * p_.rank + k);
       cosine_[i] = lane_sum(v);
     }
   }
 
   void pool(int n, float* sums, float* maxima) {
     const int hot = static_cast<int>(p_.hot);
-    F total = F{}, signed_total = F{}, weight[kMaxHot] = {}, labelled[kMaxHot] = {};
+    F count = F{}, total = F{}, signed_total = F{}, weight[kMaxHot] = {}, labelled[kMaxHot] = {};
     F best = splat<kLanes>(-1.0f), liked = best, disliked = best;
     const F none = best, zero = F{};
     for (int i = 0; i < n; i += kLanes) {
@@ -143,20 +82,21 @@ class User {
       for (int l = 0; l < kLanes; l++) inside[l] = i + l < n ? -1 : 0;
       c = inside ? c : none;
       best = (c > best) | (c != c) ? c : best;
-      const F y = p_.labels ? load<kLanes>(label_ + i) : zero;
+      const F y = load<kLanes>(label_ + i), times = inside ? load<kLanes>(times_ + i) : zero;
       for (int t = 0; t < hot; t++) {
-        const F w = inside ? vexp<kLanes>(p_.temperatures[t] * (c - 1.0f)) : zero;
+        const F w = vexp<kLanes>(p_.temperatures[t] * (c - 1.0f)) * times;
         weight[t] += w;
         labelled[t] += w * y;
       }
-      total += inside ? c : zero;
+      count += times;
+      total += c * times;
       if (!p_.labels) continue;
-      signed_total += c * y;
-      const F up = y > 0.0f ? c : none, down = y < 0.0f ? c : none;
+      signed_total += c * y * times;
+      const F up = inside & (y > 0.0f) ? c : none, down = inside & (y < 0.0f) ? c : none;
       liked = up > liked ? up : liked;
       disliked = down > disliked ? down : disliked;
     }
-    sums[0] += n;
+    sums[0] += lane_sum(count);
     sums[1] += lane_sum(total);
     for (int t = 0; t < hot; t++) sums[2 + t] += lane_sum(weight[t]);
     maxima[0] = larger(maxima[0], lane_max(best));
@@ -167,42 +107,49 @@ class User {
     maxima[2] = larger(maxima[2], lane_max(disliked));
   }
 
-  static float larger(float a, float b) { return b > a || b != b ? b : a; }
-
   void count_agreement(const uint8_t* candidate, int64_t at, int n, float* sums) const {
     float* bins = sums + p_.num_sums - p_.bins;
     for (int i = 0; i < n; i++) {
-      const uint8_t* event = p_.events + (at + i) * p_.columns;
-      int64_t agreement = 0;
-      for (int64_t c = 0; c < p_.columns; c++) {
-        const int64_t kind = p_.match_shared ? 0 : c;
-        const int64_t same = p_.match[(kind * 256 + candidate[c]) * 256 + event[c]];
-        agreement += same;
-        if (p_.prefix && same < p_.levels[c]) break;
-      }
-      bins[p_.bin_of[agreement]] += 1.0f;
+      const int64_t agreement = p_.agreement(candidate, p_.events + (at + i) * p_.columns);
+      bins[p_.bin_of[agreement]] += times_[i];
     }
   }
 
   const Similarity& p_;
   const int64_t tile_;
-  float *units_, *cosine_, *label_, *wanted_;
+  std::unique_ptr<float[]> units_;
+  std::vector<float> wanted_;
+  float *cosine_, *label_, *times_;
 };
 
 }  // namespace
 
 extern "C" {
 
-// Floats of scratch that one thread needs.
-int64_t sid_similarity_scratch(int64_t rank, int64_t per_user) {
-  return tile_events(rank) * (rank + 2) + per_user * rank + 2 * kLanes;
-}
-
 void sid_similarity(const Similarity* p) {
-  const int64_t work = p->offsets[p->users] * (p->columns * p->rank / kLanes + 10 * p->per_user);
-  run_parallel(p->threads, p->users, work, [&](int64_t thread, auto next) {
-    User worker(*p, p->scratch + thread * p->scratch_floats);
-    for (int64_t item = next(); item < p->users; item = next()) worker.run(p->order[item]);
+  std::vector<int64_t> few, many;
+  std::vector<std::pair<int64_t, int64_t>> blocks;  // of many candidates: user, first candidate
+  for (int64_t user = 0; user < p->users; user++) {
+    const int64_t count = p->candidate_starts[user + 1] - p->candidate_starts[user];
+    (count < kManyCandidates ? few : many).push_back(user);
+    for (int64_t c = 0; c < count && count >= kManyCandidates; c += kNative) blocks.push_back({many.size() - 1, c});
+  }
+  const auto longer = [&](int64_t a, int64_t b) { return p->events_of(a) > p->events_of(b); };
+  std::stable_sort(few.begin(), few.end(), longer);
+  const int64_t work = p->event_starts[p->users] * (p->columns * p->rank / kLanes + 10);
+  run_parallel(p->threads, few.size(), work, [&](int64_t, auto next) {
+    FewCandidates worker(*p);
+    for (int64_t item = next(); item < static_cast<int64_t>(few.size()); item = next()) worker.run(few[item]);
+  });
+  std::vector<UserEvents> users(many.size());
+  run_parallel(p->threads, many.size(), work, [&](int64_t, auto next) {
+    for (int64_t item = next(); item < static_cast<int64_t>(many.size()); item = next())
+      users[item].fill(*p, many[item]);
+  });
+  run_parallel(p->threads, blocks.size(), work * kManyCandidates, [&](int64_t, auto next) {
+    ManyCandidates worker(*p);
+    for (int64_t item = next(); item < static_cast<int64_t>(blocks.size()); item = next())
+      worker.run(users[blocks[item].first], blocks[item].second);
   });
 }
 }

@@ -42,6 +42,7 @@ class _Plan(NamedTuple):
 
     offsets: Tensor
     item_starts: Tensor
+    row_starts: Tensor
     items: int
     row_blocks: int
     chunk: int
@@ -83,22 +84,21 @@ def forward(problem: AttentionProblem, splits: int = 3, tiles: Tiles | None = No
         splits: bfloat16 parts per float32 operand: 3 for float32 results, 1 for bfloat16 ones, faster.
         tiles: for experiments; None: :func:`choose_tiles`.
     """
-    query = problem.query.contiguous()
-    users, rows, features = query.shape
+    query, most = problem.query, problem.most_rows
+    users, features = len(problem.lengths), query.shape[1]
     plan = _plan(problem, tiles)
-    part_z = query.new_empty(plan.items, rows, features)
-    part_total, part_peak = query.new_empty(2, plan.items, rows).unbind()
-    z, total, peak = torch.empty_like(query), query.new_empty(users, rows), query.new_empty(users, rows)
+    part_z = query.new_empty(plan.items, most, features)
+    part_total, part_peak = query.new_empty(2, plan.items, most).unbind()
+    z, total, peak = torch.empty_like(query), query.new_empty(len(query)), query.new_empty(len(query))
     if not query.numel():
         return AttentionOutput(z, total, peak)
-    inputs = _inputs(problem, query, plan)
     triton_kernels.attention_forward[(plan.items, plan.row_blocks)](
-        *inputs,
+        *_inputs(problem, plan),
         part_z,
         part_total,
         part_peak,
         users,
-        rows,
+        most,
         features,
         **_constants(problem, plan, splits),
     )
@@ -108,11 +108,12 @@ def forward(problem: AttentionProblem, splits: int = 3, tiles: Tiles | None = No
         part_peak,
         plan.offsets,
         plan.item_starts,
+        plan.row_starts,
         z,
         total,
         peak,
         users,
-        rows,
+        most,
         features,
         problem.events.shape[0],
         softmax=problem.softmax,
@@ -125,33 +126,33 @@ def forward(problem: AttentionProblem, splits: int = 3, tiles: Tiles | None = No
 def backward(
     grad_z: Tensor,
     grad_total: Tensor,
+    delta: Tensor,
     problem: AttentionProblem,
     out: AttentionOutput,
     splits: int = 3,
     tiles: Tiles | None = None,
 ) -> Gradients:
-    """Gradients of the forward pass; arguments as there."""
-    query, bias = problem.query.contiguous(), problem.bias
-    users, rows, features = query.shape
-    events = problem.events.shape[0]
+    """Gradients of the forward pass; arguments as there and in ``attention_torch.backward``."""
+    query, bias, most = problem.query, problem.bias, problem.most_rows
+    users, features, events = len(problem.lengths), query.shape[1], problem.events.shape[0]
     plan = _plan(problem, tiles)
-    part_query = query.new_empty(plan.items, rows, features)
-    part_shared = query.new_empty(plan.items, rows)
+    part_query = query.new_empty(plan.items, most, features)
+    part_shared = query.new_empty(plan.items, most)
     part_bias = query.new_zeros(plan.row_blocks, events, bias.shape[1]) if bias is not None else part_shared
-    grad_query, grad_shared = torch.zeros_like(query), query.new_zeros(users, rows)
+    grad_query, grad_shared = torch.zeros_like(query), query.new_zeros(len(query))
     if query.numel() and events:
         triton_kernels.attention_backward[(plan.items, plan.row_blocks)](
-            *_inputs(problem, query, plan),
+            *_inputs(problem, plan),
             grad_z.contiguous(),
             grad_total.contiguous(),
-            (grad_z * out.z).sum(-1),
+            delta.contiguous(),
             out.total,
             out.peak,
             part_query,
             part_shared,
             part_bias,
             users,
-            rows,
+            most,
             features,
             events,
             **_constants(problem, plan, splits),
@@ -160,9 +161,10 @@ def backward(
             part_query,
             part_shared,
             plan.item_starts,
+            plan.row_starts,
             grad_query,
             grad_shared,
-            rows,
+            most,
             features,
             block_m=plan.tiles.block_m,
             block_f=plan.tiles.block_f,
@@ -183,10 +185,10 @@ def _interpreted() -> bool:
 
 
 def _plan(problem: AttentionProblem, tiles: Tiles | None) -> _Plan:
-    users, rows, features = problem.query.shape
+    users, features = len(problem.lengths), problem.query.shape[1]
     events, device = problem.events.shape[0], problem.query.device
-    tiles = tiles or choose_tiles(rows, features)
-    row_blocks = triton.cdiv(rows, tiles.block_m)
+    tiles = tiles or choose_tiles(problem.most_rows, features)
+    row_blocks = triton.cdiv(problem.most_rows, tiles.block_m)
     wanted = _ITEMS_PER_PROCESSOR * _processors(device) / max(1, row_blocks)
     chunk = min(max(triton.next_power_of_2(int(events / wanted) + 1), 4 * tiles.block_n), 16384)
     offsets = torch.zeros(users + 1, dtype=torch.int64, device=device)
@@ -195,24 +197,26 @@ def _plan(problem: AttentionProblem, tiles: Tiles | None) -> _Plan:
     torch.cumsum(problem.lengths.clamp_min(0), 0, out=offsets[1:])
     total = offsets[-1:].clone()
     offsets.clamp_(max=events)
-    item_starts = torch.zeros_like(offsets)
+    item_starts, row_starts = torch.zeros_like(offsets), torch.zeros_like(offsets)
     torch.cumsum((offsets.diff() + chunk - 1) // chunk, 0, out=item_starts[1:])
+    torch.cumsum(problem.rows, 0, out=row_starts[1:])
     offsets = torch.cat([offsets[:-1], torch.where(total == events, offsets[-1:], -1)])
     # Each user wastes less than one item: a bound that needs no look at the lengths.
     items = events // chunk + users
     steps = max(1, users.bit_length())
-    return _Plan(offsets, item_starts, items, row_blocks, chunk, steps, tiles)
+    return _Plan(offsets, item_starts, row_starts, items, row_blocks, chunk, steps, tiles)
 
 
-def _inputs(problem: AttentionProblem, query: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
-    bias = problem.bias
+def _inputs(problem: AttentionProblem, plan: _Plan) -> tuple[Tensor, ...]:
+    query, nothing = problem.query, problem.query
+    optional = (problem.limits, problem.multiplicity, problem.offset, problem.bias)
     return (
         query,
-        problem.events.contiguous(),
+        problem.events,
         plan.offsets,
         plan.item_starts,
-        query if problem.offset is None else problem.offset.contiguous(),
-        query if bias is None else bias.to(torch.float32).contiguous(),
+        plan.row_starts,
+        *(nothing if tensor is None else tensor for tensor in optional),
         _feature_table(problem.layout, plan.tiles.block_f, query.device),
     )
 
@@ -224,6 +228,8 @@ def _constants(problem: AttentionProblem, plan: _Plan, splits: int) -> dict[str,
         "values": problem.layout.columns[0].values,
         "heads": problem.heads,
         "has_shared": problem.offset is not None,
+        "has_limits": problem.limits is not None,
+        "has_multiplicity": problem.multiplicity is not None,
         "bias_heads": 0 if problem.bias is None else problem.bias.shape[1],
         "softmax": problem.softmax,
         "splits": splits,

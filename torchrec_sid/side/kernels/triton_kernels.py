@@ -102,19 +102,33 @@ def _scores(
     m,
     keep,
     rows,
+    limit,
+    place,
     heads: tl.constexpr,
     bias_heads: tl.constexpr,
     splits: tl.constexpr,
     widen: tl.constexpr,
 ):
-    """Scores ``[BLOCK_M, BLOCK_N]``, -inf past the end."""
+    """Scores ``[BLOCK_M, BLOCK_N]``, -inf past the end and past a row's limit.
+
+    ``place``: of the events in their history; ``limit``: of each row.
+    """
     s = _dot(high, middle, low, tl.trans(phi), splits, widen) + shared[:, None]
     if bias_heads == 1:
         s += tl.load(bias + n, mask=keep, other=0.0)[None, :]
     elif bias_heads > 1:
         at = n.to(tl.int64)[None, :] * bias_heads + (m % heads)[:, None]
         s += tl.load(bias + at, mask=keep[None, :] & (m < rows)[:, None], other=0.0)
-    return tl.where(keep[None, :], s, float("-inf"))
+    return tl.where(keep[None, :] & (place[None, :] < limit[:, None]), s, float("-inf"))
+
+
+@triton.jit
+def _limits(limits, offsets, user, at, rows_live, heads: tl.constexpr, has_limits: tl.constexpr):
+    """``[BLOCK_M]`` int64: events that each row sees."""
+    length = tl.load(offsets + user + 1) - tl.load(offsets + user)
+    if has_limits:
+        return tl.load(limits + at // heads, mask=rows_live, other=0)
+    return at * 0 + length
 
 
 @triton.jit
@@ -123,6 +137,9 @@ def attention_forward(
     events,
     offsets,
     item_starts,
+    row_starts,
+    limits,
+    multiplicity,
     shared,
     bias,
     features,
@@ -130,13 +147,15 @@ def attention_forward(
     part_total,
     part_peak,
     users,
-    rows,
+    most_rows,
     num_features,
     columns: tl.constexpr,
     radix: tl.constexpr,
     values: tl.constexpr,
     heads: tl.constexpr,
     has_shared: tl.constexpr,
+    has_limits: tl.constexpr,
+    has_multiplicity: tl.constexpr,
     bias_heads: tl.constexpr,
     softmax: tl.constexpr,
     splits: tl.constexpr,
@@ -154,8 +173,14 @@ def attention_forward(
         return
     m = tl.program_id(1) * block_m + tl.arange(0, block_m)
     f = tl.arange(0, block_f)
+    first_row = tl.load(row_starts + user)
+    rows = tl.load(row_starts + user + 1) - first_row
+    if tl.program_id(1) * block_m >= rows:
+        return
     inside = (m < rows)[:, None] & (f < num_features)[None, :]
-    at = user * rows + m
+    at = first_row + m
+    limit = _limits(limits, offsets, user, at, m < rows, heads, has_limits)
+    start = tl.load(offsets + user)
     q1, q2, q3 = _parts(tl.load(query + at[:, None] * num_features + f[None, :], mask=inside, other=0.0))
     base = tl.zeros([block_m], tl.float32)
     if has_shared:
@@ -167,22 +192,42 @@ def attention_forward(
         n = first + tl.arange(0, block_n)
         keep = n < end
         phi = _features(events, first, keep, features, columns, radix, values, block_n, block_f)
-        s = _scores(q1, q2, q3, phi, base, bias, n, m, keep, rows, heads, bias_heads, splits, widen)
+        s = _scores(
+            q1,
+            q2,
+            q3,
+            phi,
+            base,
+            bias,
+            n,
+            m,
+            keep,
+            rows,
+            limit,
+            n - start,
+            heads,
+            bias_heads,
+            splits,
+            widen,
+        )
+        times = tl.full([block_n], 1.0, tl.float32)
+        if has_multiplicity:
+            times = tl.load(multiplicity + n, mask=keep, other=0.0)
         if softmax:
             higher = tl.maximum(peak, tl.max(s, 1))
             origin = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp(s - origin[:, None])
+            p = tl.exp(s - origin[:, None]) * times[None, :]
             shrink = tl.exp(peak - origin)
             total = total * shrink + tl.sum(p, 1)
             p1, p2, p3 = _parts(p)
             z = z * shrink[:, None] + _dot(p1, p2, p3, phi, splits, widen)
             peak = higher
         else:
-            p = 1.0 / (1.0 + tl.exp(-s))
+            p = times[None, :] / (1.0 + tl.exp(-s))
             total += tl.sum(p, 1)
             p1, p2, p3 = _parts(p)
             z += _dot(p1, p2, p3, phi, splits, widen)
-    out = item * rows + m
+    out = item * most_rows + m
     tl.store(part_z + out[:, None] * num_features + f[None, :], z, mask=inside)
     tl.store(part_total + out, total, mask=m < rows)
     tl.store(part_peak + out, peak, mask=m < rows)
@@ -194,6 +239,9 @@ def attention_backward(
     events,
     offsets,
     item_starts,
+    row_starts,
+    limits,
+    multiplicity,
     shared,
     bias,
     features,
@@ -206,7 +254,7 @@ def attention_backward(
     part_shared,
     part_bias,
     users,
-    rows,
+    most_rows,
     num_features,
     num_events,
     columns: tl.constexpr,
@@ -214,6 +262,8 @@ def attention_backward(
     values: tl.constexpr,
     heads: tl.constexpr,
     has_shared: tl.constexpr,
+    has_limits: tl.constexpr,
+    has_multiplicity: tl.constexpr,
     bias_heads: tl.constexpr,
     softmax: tl.constexpr,
     splits: tl.constexpr,
@@ -231,9 +281,15 @@ def attention_backward(
         return
     m = tl.program_id(1) * block_m + tl.arange(0, block_m)
     f = tl.arange(0, block_f)
+    first_row = tl.load(row_starts + user)
+    rows = tl.load(row_starts + user + 1) - first_row
+    if tl.program_id(1) * block_m >= rows:
+        return
     live = m < rows
     inside = live[:, None] & (f < num_features)[None, :]
-    at = user * rows + m
+    at = first_row + m
+    limit = _limits(limits, offsets, user, at, live, heads, has_limits)
+    start = tl.load(offsets + user)
     q1, q2, q3 = _parts(tl.load(query + at[:, None] * num_features + f[None, :], mask=inside, other=0.0))
     g1, g2, g3 = _parts(tl.load(grad_z + at[:, None] * num_features + f[None, :], mask=inside, other=0.0))
     base = tl.zeros([block_m], tl.float32)
@@ -255,13 +311,34 @@ def attention_backward(
         n = first + tl.arange(0, block_n)
         keep = n < end
         phi = _features(events, first, keep, features, columns, radix, values, block_n, block_f)
-        s = _scores(q1, q2, q3, phi, base, bias, n, m, keep, rows, heads, bias_heads, splits, widen)
+        s = _scores(
+            q1,
+            q2,
+            q3,
+            phi,
+            base,
+            bias,
+            n,
+            m,
+            keep,
+            rows,
+            limit,
+            n - start,
+            heads,
+            bias_heads,
+            splits,
+            widen,
+        )
+        times = tl.full([block_n], 1.0, tl.float32)
+        if has_multiplicity:
+            times = tl.load(multiplicity + n, mask=keep, other=0.0)
         d = _dot(g1, g2, g3, tl.trans(phi), splits, widen) - mean[:, None]
         if softmax:
             d = d * tl.exp(s - origin[:, None]) * weight[:, None]
         else:
             p = 1.0 / (1.0 + tl.exp(-s))
             d = d * p * (1.0 - p)
+        d = d * times[None, :]
         d1, d2, d3 = _parts(d)
         grad_q += _dot(d1, d2, d3, phi, splits, widen)
         grad_s += tl.sum(d, 1)
@@ -271,6 +348,6 @@ def attention_backward(
                 per_event = tl.sum(tl.where(mine[:, None], d, 0.0), 0)
                 out = (tl.program_id(1).to(tl.int64) * num_events + n) * bias_heads + head
                 tl.store(part_bias + out, per_event, mask=keep)
-    out = item * rows + m
+    out = item * most_rows + m
     tl.store(part_query + out[:, None] * num_features + f[None, :], grad_q, mask=inside)
     tl.store(part_shared + out, grad_s, mask=live)

@@ -13,11 +13,12 @@ def attention_combine(
     part_peak,
     offsets,
     item_starts,
+    row_starts,
     z_out,
     total_out,
     peak_out,
     users,
-    rows,
+    most_rows,
     num_features,
     num_events,
     softmax: tl.constexpr,
@@ -28,12 +29,14 @@ def attention_combine(
     user = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * block_m + tl.arange(0, block_m)
     f = tl.arange(0, block_f)
+    first_row = tl.load(row_starts + user)
+    rows = tl.load(row_starts + user + 1) - first_row
     inside = (m < rows)[:, None] & (f < num_features)[None, :]
     peak = tl.full([block_m], float("-inf"), tl.float32)
     total = tl.zeros([block_m], tl.float32)
     z = tl.zeros([block_m, block_f], tl.float32)
     for item in range(tl.load(item_starts + user), tl.load(item_starts + user + 1)):
-        at = item * rows + m
+        at = item * most_rows + m
         more_z = tl.load(part_z + at[:, None] * num_features + f[None, :], mask=inside, other=0.0)
         more = tl.load(part_total + at, mask=m < rows, other=0.0)
         if softmax:
@@ -54,7 +57,7 @@ def attention_combine(
     else:
         peak = tl.zeros([block_m], tl.float32)
     poison = tl.where(tl.load(offsets + users) == num_events, 0.0, float("nan"))
-    out = user * rows + m
+    out = first_row + m
     tl.store(z_out + out[:, None] * num_features + f[None, :], z + poison, mask=inside)
     tl.store(total_out + out, total + poison, mask=m < rows)
     tl.store(peak_out + out, peak, mask=m < rows)
@@ -65,9 +68,10 @@ def attention_sum(
     part_query,
     part_shared,
     item_starts,
+    row_starts,
     query_out,
     shared_out,
-    rows,
+    most_rows,
     num_features,
     block_m: tl.constexpr,
     block_f: tl.constexpr,
@@ -76,13 +80,15 @@ def attention_sum(
     user = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * block_m + tl.arange(0, block_m)
     f = tl.arange(0, block_f)
+    first_row = tl.load(row_starts + user)
+    rows = tl.load(row_starts + user + 1) - first_row
     inside = (m < rows)[:, None] & (f < num_features)[None, :]
     grad_q = tl.zeros([block_m, block_f], tl.float32)
     grad_s = tl.zeros([block_m], tl.float32)
     for item in range(tl.load(item_starts + user), tl.load(item_starts + user + 1)):
-        at = item * rows + m
+        at = item * most_rows + m
         grad_q += tl.load(part_query + at[:, None] * num_features + f[None, :], mask=inside, other=0.0)
         grad_s += tl.load(part_shared + at, mask=m < rows, other=0.0)
-    out = user * rows + m
+    out = first_row + m
     tl.store(query_out + out[:, None] * num_features + f[None, :], grad_q, mask=inside)
     tl.store(shared_out + out, grad_s, mask=m < rows)

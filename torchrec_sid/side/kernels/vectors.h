@@ -11,6 +11,16 @@ struct Lanes {
   typedef int32_t I __attribute__((vector_size(L * 4), aligned(4), may_alias));
 };
 
+// Floats of the machine's own vectors. Longer ones work, but GCC keeps them in memory: a loop that matters takes
+// them piece by piece.
+#if defined(__AVX512F__)
+constexpr int kNative = 16;
+#elif defined(__AVX__)
+constexpr int kNative = 8;
+#else
+constexpr int kNative = 4;
+#endif
+
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <int L>
@@ -21,6 +31,28 @@ static inline typename Lanes<L>::F load(const float* p) {
 template <int L>
 static inline void store(float* p, typename Lanes<L>::F v) {
   *reinterpret_cast<typename Lanes<L>::F*>(p) = v;
+}
+
+// What a vector of L lanes is worked on in, and how many of them it has.
+template <int L>
+constexpr int kPiece = L < kNative ? L : kNative;
+template <int L>
+using Piece = typename Lanes<kPiece<L>>::F;
+
+// Call `work(first lane)` for every piece.
+template <int L, typename Work>
+static inline void pieces(Work work) {
+  for (int k = 0; k < L; k += kPiece<L>) work(k);
+}
+
+template <int L>
+static inline Piece<L> piece(const float* p) {
+  return load<kPiece<L>>(p);
+}
+
+template <int L>
+static inline void put_piece(float* p, Piece<L> v) {
+  store<kPiece<L>>(p, v);
 }
 
 template <int L>
