@@ -1,12 +1,14 @@
-"""The main job: learn SIDs, write a catalog, train every arm under TorchX, compare them in one table.
+"""Learn SIDs, train every arm, and compare them in one report: the main job.
 
-`python -m apps.compare --output out` makes a synthetic log; `--data FOLDER` takes a log in the format of
-docs/data.md.
+    torchrec-sid compare --output out
+    torchrec-sid compare --data FOLDER --output out --arms full_id full_id+side --seeds 3
+
+The first makes a synthetic log, the second takes a log in the format of docs/data.md. OUTPUT gets
+report.html, report.json, report.md and a run directory for each training.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,23 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchrec_sid.data.prepare import PrepareConfig, prepare
-from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
+from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import ARMS, arm_named
+from torchrec_sid.plugins import load_plugins
 from torchrec_sid.quantizers import ResidualKMeansConfig, VqFusionConfig
 from torchrec_sid.tables import PieceTrainerConfig
 from torchrec_sid.training.train_config import TrainConfig
 
-from .cli import command_line, parse_config, plain_errors
-from .launch import launch_training
-from .learn_sids import LearnedSids, SidRecipe, learn_sids, sid_options
-from .report import markdown_table, summarise_arm, terminal_table, write_report
+from .cli import command_line, parse_config, plain_errors, wide_console
+from .harness import Effort, run_rows
+from .learn_sids import SidRecipe
+from .report import summarise, terminal_table, write_report
+from .rows import Comparison, Row
 from .rundir import git_commit
-from .runs import claim_run
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ class CompareConfig:
     seeds: int = 1
     """Trainings per arm, seeds 0 .. SEEDS - 1."""
     processes: int = 2
-    """Processes of each training."""
+    """Processes of each training; more than 1 are started by TorchX."""
+    jobs: int = 1
+    """Trainings at a time, with one process each."""
+    rows_file: str | None = None
+    """Python file with a function rows(items): rows of one's own beside the arms, see docs/results.md."""
+    plugin: tuple[str, ...] = ()
+    """Python files that add quantizers, schemes or channels."""
     source: str | None = None
     """Embedding source that SIDs and the dense arm read; default: the log's own default."""
     evaluate_on: str = "test"
@@ -62,19 +69,22 @@ class CompareConfig:
     batch_size: int = 512
     """Rows per step over all processes."""
 
+    def __post_init__(self) -> None:
+        if min(self.seeds, self.processes, self.jobs) < 1:
+            found = f"{self.seeds}, {self.processes}, {self.jobs}"
+            raise SidError("seeds, processes, jobs", found, "Choose 1 or more.")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     with plain_errors():
         config = parse_config(CompareConfig, __doc__, argv)
-    console = Console()
-    with plain_errors():
-        report = compare(config, console)
-    if not console.is_terminal:  # a log has no width: do not cut the table
-        console = Console(width=160)
+        report = compare(config, Console())
+    console = wide_console(160)
     console.print(terminal_table(report))
-    console.print(f"report: {Path(config.output) / 'report.html'}")
+    console.print(report["verdict"], markup=False)
+    console.print(f"report: {Path(config.output) / 'report.html'}", markup=False)
 
 
 def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
@@ -86,99 +96,67 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     Raises:
         SidError: bad data, an unknown arm, or a training that failed; before any training where possible.
     """
+    for file in config.plugin:
+        load_plugins(file)
     for name in config.arms:
         arm_named(name)
     output = Path(config.output)
-    data = Path(config.data) if config.data else _synthesise(config, output / "synthetic", console)
-    with console.status(f"preparing {data}"):
-        log = prepare(data, output / "prepared", PrepareConfig())
-    with console.status("learning SIDs"):
-        sids = _learn_sids(config, data, log, output / "sids")
-    runs = _train_all(config, data, log, sids, output, console)
-    report = {
+    data = Path(config.data) if config.data else output / "synthetic"
+    if config.data is None:
+        with console.status("making a synthetic log"):
+            write_synthetic(data, config.synthetic)
+    base = TrainConfig(
+        data=str(data),
+        output=str(output / "runs"),
+        source=config.source,
+        batch_size=config.batch_size,
+        evaluate_on=config.evaluate_on,
+    )
+
+    def rows(items: int) -> Comparison:
+        made = arm_rows(config)
+        return made.with_file(config.rows_file, items) if config.rows_file else made
+
+    trained = run_rows(rows, base, Effort(config.seeds, config.processes, config.jobs), output, console)
+    report = summarise(trained) | {
         "dataset": data.name,
         "world_size": config.processes,
         "seeds": list(range(config.seeds)),
         "command": command_line(),
         "git": git_commit(),
         "evaluated_on": config.evaluate_on,
-        "arms": [summarise_arm(runs[name]) for name in config.arms],
     }
-    write_report(report, output, sorted((output / "sids").glob("*/*.png")))
-    (output / "report.md").write_text(markdown_table(report))
+    write_report(report, output, pictures=sorted((output / "sids").glob("*/*.png")))
     return report
 
 
-def _synthesise(config: CompareConfig, path: Path, console: Console) -> Path:
-    with console.status("making a synthetic log"):
-        write_synthetic(path, config.synthetic)
-    return path
-
-
-def _learn_sids(
-    config: CompareConfig, data: Path, log: PreparedLog, output: Path
-) -> dict[str, LearnedSids]:
-    """The catalog of the tables, and the one of SIDE, as far as the arms need them."""
+def arm_rows(config: CompareConfig) -> Comparison:
+    """A row for each arm, named like it, measured against full_id where that is one of them."""
     arms = [arm_named(name) for name in config.arms]
-    learned = {}
-    if any("catalog" in arm.requires for arm in arms):
-        pieces = PieceTrainerConfig(config.model.table_rows - 1)
-        needed = any("pieces" in arm.requires for arm in arms)
-        recipe = SidRecipe(config.quantizer, config.source, pieces=pieces if needed else None)
-        learned["tables"] = learn_sids(recipe, data, log, output / "tables")
-    if any("side_catalog" in arm.requires for arm in arms):
-        sources = (config.source,) if config.source else ()
-        learned["side"] = learn_sids(SidRecipe(config.side, sources=sources), data, log, output / "side")
-    return learned
-
-
-def _train_all(
-    config: CompareConfig,
-    data: Path,
-    log: PreparedLog,
-    sids: dict[str, LearnedSids],
-    output: Path,
-    console: Console,
-) -> dict[str, list[dict[str, Any]]]:
-    """Arm name -> the metrics of its seeds. Seeds outermost, so that drift of the machine is shared."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.arms}
-    bar = Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
+    pieces = (
+        PieceTrainerConfig(config.model.table_rows - 1)
+        if any("pieces" in a.requires for a in arms)
+        else None
     )
-    with bar:
-        task = bar.add_task("training", total=len(config.arms) * config.seeds, note="")
-        for seed in range(config.seeds):
-            for name in config.arms:
-                bar.update(task, description=name, note=f"seed {seed}")
-                run = TrainConfig(
-                    data=str(data),
-                    output=str(output / "runs" / f"{name}-seed{seed}"),
-                    prepared=str(output / "prepared"),
-                    **sid_options(arm_named(name), sids.get("tables"), sids.get("side")),
-                    source=config.source,
-                    model=replace(config.model, arm=name),
-                    batch_size=config.batch_size,
-                    evaluate_on=config.evaluate_on,
-                    seed=seed,
-                )
-                marks = {"log": log.fingerprint} | {kind: s.fingerprint for kind, s in sids.items()}
-                if not claim_run(run, config.processes, marks):
-                    launch_training(
-                        run, config.processes, on_line=lambda line: bar.update(task, note=_note(line))
-                    )
-                runs[name].append(json.loads((Path(run.output) / "metrics.json").read_text()))
-                bar.advance(task)
-    return runs
-
-
-def _note(line: str) -> str:
-    """The progress part of a log line of apps.train, or nothing."""
-    return line.rsplit(": ", 1)[-1] if "examples/s" in line else ""
+    sources = (config.source,) if config.source else ()
+    rows = tuple(
+        Row(
+            arm.name,
+            replace(config.model, arm=arm.name),
+            tables="tables" if "catalog" in arm.requires else None,
+            side="side" if "side_catalog" in arm.requires else None,
+        )
+        for arm in arms
+    )
+    return Comparison(
+        "Ways to give a ranker its items",
+        rows,
+        {
+            "tables": SidRecipe(config.quantizer, config.source, pieces=pieces),
+            "side": SidRecipe(config.side, sources=sources),
+        },
+        reference="full_id" if "full_id" in config.arms else None,
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torchrec_sid.tables import SidPieces, SidTokenizer
 from .cli import command_line, parse_config, plain_errors
 from .plan_arms import PlanInputs, build_arm, check_arm
 from .plan_compare import compare_arms
-from .plan_report import plan_page, side_by_side_table
+from .plan_report import side_by_side_table, write_plan_page
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     write_json(output / "report.json", report)
     write_atomically(output / "plan.txt", lambda path: path.write_text(f"{text}\n"))
     write_atomically(output / "torchrec.txt", lambda path: path.write_text(planned.report + "\n"))
-    write_atomically(output / "report.html", lambda path: path.write_text(plan_page(report, text)))
+    write_plan_page(output / "report.html", report, text)
     return report
 
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from torchrec_sid.artifact import write_atomically, write_json
+from torchrec_sid.artifact import write_json
 from torchrec_sid.quality import QualityReport
 from torchrec_sid.seeding import derived_generator
 
+from .pages import drawn, write_page
 from .quantize_content import Array, Content
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 _EXAMPLE_ROWS = 50_000
 _TOP_PREFIXES = 6
@@ -101,10 +96,21 @@ def write_report(
     write_json(output / "quality.json", {**settings, **quality.to_dict(), "examples": examples_json})
     if not html:
         return output / "quality.json"
-    picture = output / "quality.png"
-    plot_quality(quality, picture)
-    page = _page(settings, quality, examples, picture)
-    write_atomically(output / "report.html", lambda path: path.write_text(page))
+    plot_quality(quality, output / "quality.png")
+    labels = list(quality.prefixes[0].purity)
+    write_page(
+        output / "report.html",
+        "quality.html",
+        settings=settings,
+        quality=quality,
+        labels=labels,
+        pictures=[
+            (title, drawn(lambda axes, draw=draw: draw(axes, quality)))  # type: ignore[misc]
+            for title, draw in _PANELS.items()
+        ],
+        sources=[(name, list(found), list(found.values())) for name, found in settings["sources"].items()],
+        examples=examples,
+    )
     return output / "report.html"
 
 
@@ -128,126 +134,79 @@ def describe(quality: QualityReport) -> str:
 
 def plot_quality(quality: QualityReport, path: Path) -> None:
     """Usage per level, error by stage, cosine by shared prefix, the sharing curve, and collisions."""
-    levels, prefixes = quality.levels, quality.prefixes
-    figure, grid = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    names = [level.level for level in levels]
-    usage, error, cosine, sharing, alone, collisions = grid.flat
-    usage.bar(names, [level.used / level.cardinality for level in levels], color="tab:gray", label="used")
-    usage.bar(
-        names, [level.perplexity / level.cardinality for level in levels], width=0.5, label="perplexity"
-    )
-    usage.set(title="usage", xlabel="level", ylabel="share of the codes", ylim=(0, 1.05))
-    usage.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.08))
-    bits = np.cumsum([np.log2(level.cardinality) for level in levels])
-    error.plot([0, *bits], [1.0, *(level.fvu for level in levels)], "o-")
-    error.set(title="error by stage", xlabel="bits", ylabel="variance unexplained", ylim=(0, 1.02))
-    depths = [prefix.depth for prefix in prefixes]
-    cosine.plot(depths, [_nan(prefix.cosine) for prefix in prefixes], "o-", label="two items of one prefix")
-    cosine.axhline(quality.random_cosine, color="tab:gray", ls="--", label="two items at random")
-    cosine.set(title="cosine by shared prefix", xlabel="codes shared", ylabel="mean cosine")
-    cosine.legend(frameon=False)
-    per_prefix = [prefix.items_per_prefix for prefix in prefixes]
-    for name in prefixes[0].purity:
-        sharing.plot(
-            per_prefix, [prefix.purity[name] for prefix in prefixes], "o-", label=f"purity: {name}"
-        )
-    if not prefixes[0].purity:
-        sharing.plot(per_prefix, [_nan(prefix.cosine) for prefix in prefixes], "o-", label="mean cosine")
-    sharing.set(title="sharing curve", xlabel="items per prefix", xscale="log", ylabel="how alike they are")
-    sharing.legend(frameon=False)
-    alone.plot(depths, [prefix.mates for prefix in prefixes], "o-")
-    alone.set(
-        title="others that share an item's prefix", xlabel="codes shared", ylabel="items", yscale="symlog"
-    )
-    shares = [quality.collision_rate, quality.unique / max(quality.items, 1)]
-    collisions.bar(["items that share\ntheir full SID", "different SIDs\nper item"], shares, width=0.5)
-    collisions.set(title="collisions", ylim=(0, 1.05))
-    for axes in (usage, cosine, alone):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in grid.flat:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for axes, (title, draw) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
+        draw(axes, quality)
+        axes.set_title(title)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+
+def _usage(axes: Any, quality: QualityReport) -> None:
+    levels = quality.levels
+    names = [level.level for level in levels]
+    axes.bar(names, [level.used / level.cardinality for level in levels], color="tab:gray", label="used")
+    perplexity = [level.perplexity / level.cardinality for level in levels]
+    axes.bar(names, perplexity, width=0.5, label="perplexity")
+    axes.set(xlabel="level", ylabel="share of the codes", ylim=(0, 1.2))
+    axes.legend(frameon=False, ncols=2, loc="upper center")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _error(axes: Any, quality: QualityReport) -> None:
+    bits = np.cumsum([np.log2(level.cardinality) for level in quality.levels])
+    axes.plot([0, *bits], [1.0, *(level.fvu for level in quality.levels)], "o-")
+    axes.set(xlabel="bits", ylabel="variance unexplained", ylim=(0, 1.02))
+
+
+def _cosine(axes: Any, quality: QualityReport) -> None:
+    depths = [prefix.depth for prefix in quality.prefixes]
+    cosines = [_nan(prefix.cosine) for prefix in quality.prefixes]
+    axes.plot(depths, cosines, "o-", label="two items of one prefix")
+    axes.axhline(quality.random_cosine, color="tab:gray", ls="--", label="two items at random")
+    axes.set(xlabel="codes shared", ylabel="mean cosine")
+    axes.legend(frameon=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _sharing(axes: Any, quality: QualityReport) -> None:
+    prefixes = quality.prefixes
+    per_prefix = [prefix.items_per_prefix for prefix in prefixes]
+    curves = {
+        f"purity: {name}": [prefix.purity[name] for prefix in prefixes] for name in prefixes[0].purity
+    }
+    for label, values in (curves or {"mean cosine": [_nan(prefix.cosine) for prefix in prefixes]}).items():
+        axes.plot(per_prefix, values, "o-", label=label)
+    axes.set(xlabel="items per prefix", xscale="log", ylabel="how alike they are")
+    axes.legend(frameon=False)
+
+
+def _mates(axes: Any, quality: QualityReport) -> None:
+    depths = [prefix.depth for prefix in quality.prefixes]
+    axes.plot(depths, [prefix.mates for prefix in quality.prefixes], "o-")
+    axes.set(xlabel="codes shared", ylabel="items", yscale="symlog")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _collisions(axes: Any, quality: QualityReport) -> None:
+    shares = [quality.collision_rate, quality.unique / max(quality.items, 1)]
+    axes.bar(["items that share\ntheir full SID", "different SIDs\nper item"], shares, width=0.5)
+    axes.set(ylim=(0, 1.05))
+
+
+_PANELS: dict[str, Callable[[Any, QualityReport], None]] = {
+    "usage": _usage,
+    "error by stage": _error,
+    "cosine by shared prefix": _cosine,
+    "sharing curve": _sharing,
+    "others that share an item's prefix": _mates,
+    "collisions": _collisions,
+}
+"""Title -> what draws it."""
 
 
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _page(
-    settings: Mapping[str, Any], quality: QualityReport, examples: Sequence[PrefixExample], picture: Path
-) -> str:
-    image = base64.b64encode(picture.read_bytes()).decode()
-    levels = _table(
-        ("level", "codes", "used", "perplexity", "variance unexplained"),
-        [
-            (level.level, level.cardinality, level.used, f"{level.perplexity:.1f}", f"{level.fvu:.4f}")
-            for level in quality.levels
-        ],
-    )
-    labels = list(quality.prefixes[0].purity)
-    prefixes = _table(
-        ("codes shared", "prefixes", "items per prefix", "others with it", "mean cosine", *labels),
-        [
-            (
-                prefix.depth,
-                f"{prefix.groups:,}",
-                f"{prefix.items_per_prefix:,.2f}",
-                f"{prefix.mates:,.2f}",
-                "-" if prefix.cosine is None else f"{prefix.cosine:.3f}",
-                *(f"{prefix.purity[name]:.3f}" for name in labels),
-            )
-            for prefix in quality.prefixes
-        ],
-    )
-    shown = _table(
-        ("prefix", "items", "cosine", "nearest items"),
-        [
-            (
-                "-".join(map(str, e.prefix)),
-                f"{e.items:,}",
-                f"{e.cosine:.2f}",
-                " | ".join(n[:80] for n in e.names),
-            )
-            for e in examples
-        ],
-    )
-    facts = _table(
-        ("", ""), [(k.replace("_", " "), v) for k, v in settings.items() if k not in ("sources", "drift")]
-    )
-    drift = settings["drift"]
-    kept = "".join(
-        f"<h3>{escape(name)}</h3>{_table(tuple(figures), [[_short(v) for v in figures.values()]])}"
-        for name, figures in settings["sources"].items()
-    )
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1em 0}"
-        "td,th{padding:.25em .7em;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}"
-        "img{max-width:100%}"
-    )
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>Semantic IDs</title><style>{style}</style>"
-        f"<h1>Semantic IDs of {escape(str(settings['data']))}</h1>"
-        f"<p><b>{escape(quality.verdict.name)}.</b> {escape(quality.verdict.text)}</p>"
-        f"<p>{quality.bits} bits, {quality.nbytes} bytes an item; {quality.unique:,} SIDs for "
-        f"{quality.items:,} items, {quality.collision_rate:.1%} of items share theirs. Errors on "
-        f"{quality.held_out:,} embeddings. Two items at random have cosine {quality.random_cosine:.3f}.</p>"
-        f"<img alt='quality' src='data:image/png;base64,{image}'>"
-        f"<h2>Levels</h2>{levels}<h2>Prefixes</h2>{prefixes}"
-        + (f"<h2>What the SID keeps of each source</h2>{kept}" if kept else "")
-        + (f"<h2>Drift</h2>{_table(tuple(drift), [tuple(drift.values())])}" if drift else "")
-        + f"<h2>Items by prefix</h2>{shown}<h2>Run</h2>{facts}"
-    )
-
-
-def _short(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    def cells(values: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(str(v))}</{tag}>" for v in values) + "</tr>"
-
-    return f"<table>{cells(head, 'th')}{''.join(cells(row, 'td') for row in rows)}</table>"

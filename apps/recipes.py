@@ -6,10 +6,9 @@ for every log; table sizes follow the number of items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
-from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.quantizers import (
     DiscretePcaConfig,
@@ -20,6 +19,7 @@ from torchrec_sid.quantizers import (
 from torchrec_sid.tables import PieceTrainerConfig
 
 from .learn_sids import SidRecipe
+from .rows import Comparison, Row
 
 TRITS = {5: 25, 10: 50, 16: 80}
 """Bytes of a SIDE SID -> its digits."""
@@ -32,47 +32,7 @@ def _fused_trits(digits: int) -> SidRecipe:
     return SidRecipe(VqFusionConfig(codebooks=(), stages=((digits, 3),)))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: a model and the SIDs that it reads."""
-
-    name: str
-    """In the table; unique there."""
-    model: RankingConfig
-    """Backbone, arm, sizes."""
-    tables: str | None = None
-    """Name of the SIDs that its tables read."""
-    side: str | None = None
-    """Name of the SIDs that its channel ``side`` reads."""
-    against: str | None = None
-    """Row that its gain is measured against; None: the first of the table."""
-    shuffled: bool = False
-    """Deal the SIDs out among items at random: a control."""
-    hide_new: bool = False
-    """Items without a training event have no SID: a control."""
-    every_source: bool = False
-    """Its channel dense reads all embedding sources, side by side; left out where a log has only one."""
-
-
-@dataclass(frozen=True)
-class PaperTable:
-    """A table: rows in order, and how their SIDs are learned."""
-
-    title: str
-    rows: tuple[Row, ...]
-    sids: Mapping[str, SidRecipe] = field(default_factory=dict)
-    """By name."""
-    cost: str = "bytes_per_event"
-    """What the plot names beside each row: bytes_per_event, table_rows, train_seconds."""
-
-    def __post_init__(self) -> None:
-        names = [row.name for row in self.rows]
-        unknown = {row.against for row in self.rows} - {None, *names}
-        if len(set(names)) < len(names) or unknown:
-            raise SidError(self.title, f"rows {names}, compared with {unknown}", "Name each row once.")
-
-
-def generalization(items: int) -> PaperTable:
+def generalization(items: int) -> Comparison:
     """Table 1: "Better Generalization with Semantic IDs" (arXiv 2306.08121).
 
     Ways to fill the same number of rows, at three table sizes, with the user's history and without.
@@ -101,7 +61,7 @@ def generalization(items: int) -> PaperTable:
         control = replace(model, arm="hashed_prefix", table_rows=sizes[1])
         name = f"hashed_prefix {sizes[1]} shuffled {when}"
         rows.append(Row(name, control, "prefix", against=middle, shuffled=True))
-    return PaperTable(
+    return Comparison(
         "Better Generalization with Semantic IDs: equal rows, filled in different ways",
         tuple(rows),
         {"prefix": _PREFIX, **vocabularies},
@@ -109,7 +69,7 @@ def generalization(items: int) -> PaperTable:
     )
 
 
-def side(items: int) -> PaperTable:
+def side(items: int) -> Comparison:
     """Table 2: "SIDE" (arXiv 2506.16698): what content adds to a ranker over full ids."""
     base = RankingConfig(arm="full_id", table_rows=max(256, items // 4))
     shape = (64, 64, 64, 64)
@@ -145,10 +105,10 @@ def side(items: int) -> PaperTable:
         ("fused 5 bytes", "side fused 5 bytes"),
     ):
         rows.append(Row(f"+ {tables} + {codes}", both, tables, codes))
-    return PaperTable("SIDE: what content adds to a ranker over full ids", tuple(rows), sids)
+    return Comparison("SIDE: what content adds to a ranker over full ids", tuple(rows), sids)
 
 
-def long_histories(items: int) -> PaperTable:
+def long_histories(items: int) -> Comparison:
     """Table 3, first part: NE and training time against the length of the history.
 
     The arm without items tells what actions and times alone are worth.
@@ -160,10 +120,10 @@ def long_histories(items: int) -> PaperTable:
             codes = "side fused 5 bytes" if arm == "side" else None
             rows.append(Row(f"{arm} {length}", model, side=codes, against=f"{arm} {LONG_HISTORIES[0]}"))
     sids = {"side fused 5 bytes": _fused_trits(25)}
-    return PaperTable("NE against the length of the history", tuple(rows), sids, cost="train_seconds")
+    return Comparison("NE against the length of the history", tuple(rows), sids, cost="train_seconds")
 
 
-def one_dial(items: int) -> PaperTable:
+def one_dial(items: int) -> Comparison:
     """Table 3, second part: NE against bytes per event; single schemes, and combinations of two."""
     sids = {
         f"side {digits} trits": SidRecipe(DiscretePcaConfig.trits(digits)) for digits in (10, 25, 50, 80)
@@ -181,10 +141,10 @@ def one_dial(items: int) -> PaperTable:
     rows.append(Row(f"full_id + {fused}", replace(model, arm="full_id+side"), side=fused))
     rows.append(Row("dense", replace(model, arm="dense")))
     rows.append(Row("dense of every source", replace(model, arm="dense"), every_source=True))
-    return PaperTable("NE against bytes per event", tuple(rows), sids)
+    return Comparison("NE against bytes per event", tuple(rows), sids)
 
 
-def new_items(items: int) -> PaperTable:
+def new_items(items: int) -> Comparison:
     """Table 3, third part: items appended to the catalog after training, against the same without content.
 
     The models are the same, and so are the results on items of the training period.
@@ -200,10 +160,10 @@ def new_items(items: int) -> PaperTable:
         hidden = f"{arm}, new items without SID"
         rows.append(Row(hidden, model, tables, codes, against=hidden, hide_new=True))
         rows.append(Row(f"{arm}, new items appended", model, tables, codes, against=hidden))
-    return PaperTable("New items appended to the catalog after training", tuple(rows), sids)
+    return Comparison("New items appended to the catalog after training", tuple(rows), sids)
 
 
-def transformer(items: int) -> PaperTable:
+def transformer(items: int) -> Comparison:
     """The same arms in a transformer ranker with a DCN-v2 interaction."""
     base = RankingConfig(
         arm="full_id", table_rows=items // 4, encoder_layers=2, interaction="dcn", history_length=64
@@ -218,10 +178,10 @@ def transformer(items: int) -> PaperTable:
         )
         for arm in ("full_id", "random_hash", "hashed_prefix", "side", "full_id+side", "dense")
     ]
-    return PaperTable("A transformer ranker with cross layers", tuple(rows), sids)
+    return Comparison("A transformer ranker with cross layers", tuple(rows), sids)
 
 
-TABLES: dict[str, Callable[[int], PaperTable]] = {
+TABLES: dict[str, Callable[[int], Comparison]] = {
     "1": generalization,
     "2": side,
     "3-history": long_histories,

@@ -1,5 +1,6 @@
 """The main job, as a user runs it, on a small log."""
 
+import html
 import json
 import subprocess
 import sys
@@ -42,7 +43,9 @@ def test_the_main_job_reports_every_arm_and_does_nothing_twice(tmp_path: Path) -
         assert arm["slices"]["cold"]["rows"] > 0
     assert report["arms"][1]["table_rows"] == 200 and report["arms"][1]["bytes_per_event"] == 2
     page = (output / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 1 and "<svg" in page
+    assert report["verdict"] in html.unescape(page) and report["verdict"] in done.stdout.replace("\n", " ")
+    assert [arm["against"] for arm in report["arms"]] == ["none", "none"]
 
     run = output / "runs" / "hashed_prefix-seed0"
     assert {"config.json", "environment.json", "plan.json", "plan.txt", "metrics.json"} <= {

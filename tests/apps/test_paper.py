@@ -10,9 +10,10 @@ from rich.console import Console
 
 import apps.recipes
 from apps.learn_sids import SidRecipe, learn_sids
-from apps.paper import PaperConfig, chosen_rows, paper
-from apps.paper_report import paper_table
-from apps.recipes import TABLES, PaperTable, Row
+from apps.paper import PaperConfig, paper
+from apps.recipes import TABLES
+from apps.report import terminal_table
+from apps.rows import Comparison, Row
 from tests.logs import small_log
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
@@ -52,12 +53,12 @@ def test_the_tables_at_equal_rows_differ_in_nothing_but_the_arm() -> None:
 
 def test_only_the_chosen_rows_and_their_references_are_trained() -> None:
     table = TABLES["2"](4000)
-    names = [row.name for row in chosen_rows(table, ("dense", "rq_vae")).rows]
+    names = [row.name for row in table.chosen(("dense", "rq_vae")).rows]
     assert names == ["full_id", "+ rq_vae 3 bytes", "+ dense", "+ dense of every source"]
     with pytest.raises(SidError, match="'nope'.*full_id"):
-        chosen_rows(table, ("nope",))
+        table.chosen(("nope",))
     with pytest.raises(SidError, match="Name each row once"):
-        PaperTable("twice", (Row("a", RankingConfig()), Row("a", RankingConfig())))
+        Comparison("twice", (Row("a", RankingConfig()), Row("a", RankingConfig())))
 
 
 @pytest.mark.parametrize(
@@ -86,10 +87,10 @@ def test_sids_are_learned_once(quantizer, tmp_path: Path) -> None:
 def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeypatch) -> None:
     small_log(tmp_path)
 
-    def two_ways(items: int) -> PaperTable:
+    def two_ways(items: int) -> Comparison:
         model = RankingConfig(arm="full_id+side", dim=16, history_length=10, table_rows=100)
         sids = {"side": SidRecipe(VqFusionConfig(codebooks=(), stages=((5, 3),), epochs=1, hidden=(16,)))}
-        return PaperTable(
+        return Comparison(
             "two ways", (Row("none", RankingConfig(arm="none")), Row("+ side", model, side="side")), sids
         )
 
@@ -122,7 +123,7 @@ def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeyp
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == report
     assert "+ side" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "plot.png").stat().st_size > 1000
-    assert len(paper_table(report).rows) == 2
+    assert len(terminal_table(report).rows) == 2
     run = Path(side["runs"][0])
     assert yaml.safe_load((run / "run.yaml").read_text())["model"]["arm"] == "full_id+side"
 

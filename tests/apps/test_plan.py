@@ -53,7 +53,7 @@ def test_128_gpus_and_a_billion_items_on_a_laptop(tmp_path):
     assert all(load["hbm_bytes"] < summary["hbm_capacity"] for load in summary["ranks"])
     assert f"{10**9:,}" in done.stdout
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 5
     assert "http" not in page.replace("http-equiv", "")
     rows = {(row["arm"], row["items"]): row for row in report["side_by_side"]}
     assert len(rows) == 16

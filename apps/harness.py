@@ -1,0 +1,253 @@
+"""Rows -> SIDs -> trainings: what `compare` and `paper` share. Finished trainings are not repeated."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from torchrec_sid.artifact import write_json
+from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.errors import SidError
+from torchrec_sid.models.channels import arm_named
+from torchrec_sid.parallel.ranks import process_group
+from torchrec_sid.training.train_config import TrainConfig
+
+from .launch import launch_training, write_options
+from .learn_sids import LearnedSids, learn_sids, sid_options
+from .rows import Comparison, Row
+from .rundir import set_up_logging
+from .train import train
+
+STAMP = "comparison.json"
+"""In a run directory that a comparison made: what it trains."""
+_OF_A_RUN = {
+    STAMP,
+    *("run.yaml", "config.json", "environment.json", "plan.json", "plan.txt", "metrics.json"),
+    *("checkpoints", "tensorboard", "logs", "profile", "prepared", "served"),
+}
+"""What may lie in a run directory."""
+
+
+class Trained(NamedTuple):
+    """What :func:`run_rows` returns."""
+
+    comparison: Comparison
+    """Without the rows that the log has no sources for."""
+    runs: dict[str, list[Path]]
+    """Row name -> run directories, one per seed."""
+    log: PreparedLog
+    sids: dict[str, LearnedSids]
+
+
+class Effort(NamedTuple):
+    """How often and on how many processes to train."""
+
+    seeds: int
+    """Trainings of each row, seeds 0 .. seeds - 1."""
+    processes: int = 1
+    """Of each training; more than one are started by TorchX."""
+    jobs: int = 1
+    """Trainings at a time, where each is one process with one thread."""
+
+
+def run_rows(
+    comparison: Callable[[int], Comparison],
+    base: TrainConfig,
+    effort: Effort,
+    home: Path,
+    console: Console,
+    *,
+    content: Mapping[str, object] | None = None,
+) -> Trained:
+    """Prepare the log, learn the SIDs that the rows read, and train every row with every seed.
+
+    Args:
+        comparison: the rows, given the number of items.
+        base: what all trainings share; its ``output`` is the folder of their run directories.
+        effort: see :class:`Effort`.
+        home: folder of what trainings share: ``prepared`` and ``sids``.
+        console: for progress.
+        content: fields of each :class:`SidRecipe` to replace: source, categories, separator.
+
+    Raises:
+        SidError: bad data, an unknown arm, a folder that is not ours, or a training that failed.
+    """
+    data = Path(base.data)
+    with console.status(f"preparing {escape(str(data))}"):
+        log = prepare(data, home / "prepared", PrepareConfig())
+    sources = LogFolder.open(data).sources
+    rows = comparison(log.items).for_sources(sources)
+    arms = {row.name: arm_named(row.model.arm) for row in rows.rows}
+    learned: dict[str, LearnedSids] = {}
+    for name in sorted({n for row in rows.rows for n in (row.tables, row.side) if n is not None}):
+        recipe = replace(rows.sids[name], **dict(content or {}))  # type: ignore[arg-type]
+        with console.status(f"learning SIDs: {escape(name)}"):
+            learned[name] = learn_sids(recipe, data, log, home / "sids" / name.replace(" ", "-"))
+
+    def run(row: Row, seed: int) -> TrainConfig:
+        name = row.name.replace(" ", "-").replace("+", "and") if " " in row.name else row.name
+        return replace(
+            base,
+            output=str(Path(base.output) / f"{name}-seed{seed}"),
+            prepared=str(log.path),
+            **sid_options(arms[row.name], learned.get(row.tables or ""), learned.get(row.side or "")),
+            shuffle_sids=row.shuffled,
+            hide_new=row.hide_new,
+            source="+".join(sources) if row.every_source else base.source,
+            model=row.model,
+            seed=seed,
+        )
+
+    runs = {row.name: [run(row, seed) for seed in range(effort.seeds)] for row in rows.rows}
+    _train_all(runs, learned, log, effort, console)
+    return Trained(
+        rows, {name: [Path(r.output) for r in mine] for name, mine in runs.items()}, log, learned
+    )
+
+
+def claim_run(run: TrainConfig, processes: int, marks: Mapping[str, str]) -> bool:
+    """Whether an earlier call finished this run; one that it began is resumed, another's is
+    moved aside.
+
+    Args:
+        run: what is to be trained.
+        processes: on how many processes.
+        marks: fingerprints of what it reads.
+
+    Raises:
+        SidError: the folder holds something that no run writes; it stays as it is.
+    """
+    output = Path(run.output)
+    stamp = output / STAMP
+    wanted = json.loads(json.dumps({"config": asdict(run), "processes": processes, **marks}))
+    if stamp.is_file() and _read(stamp) == wanted:
+        return (output / "metrics.json").is_file()
+    if output.exists():
+        _move_aside(output)
+    write_json(stamp, wanted)
+    return False
+
+
+def _read(stamp: Path) -> object:
+    try:
+        return json.loads(stamp.read_text())
+    except ValueError:
+        return None
+
+
+def _move_aside(output: Path) -> None:
+    """Another run's folder becomes ``NAME.old-N``: nothing is removed."""
+    remedy = "Move it away, or pass another --output."
+    if output.is_symlink() or not output.is_dir():
+        raise SidError(str(output), "is not a folder of ours", remedy)
+    entries = sorted(path.name for path in output.iterdir())
+    if entries and STAMP not in entries:
+        raise SidError(str(output), f"was not made by a comparison: it holds {entries[0]}", remedy)
+    foreign = [name for name in entries if not _is_of_a_run(name)]
+    if foreign:
+        raise SidError(str(output), f"holds {foreign[0]}, which no run writes", remedy)
+    number = 1
+    while (aside := output.with_name(f"{output.name}.old-{number}")).exists():
+        number += 1
+    output.rename(aside)
+
+
+def _is_of_a_run(name: str) -> bool:
+    return name in _OF_A_RUN or name.startswith(("predictions-rank-", "metrics-", "."))
+
+
+def _train_all(
+    runs: Mapping[str, list[TrainConfig]],
+    learned: Mapping[str, LearnedSids],
+    log: PreparedLog,
+    effort: Effort,
+    console: Console,
+) -> None:
+    """Every training that is not done; seeds outermost, so that drift of the machine is shared."""
+    by_path = {str(sids.catalog): sids.fingerprint for sids in learned.values()}
+    todo = []
+    for seed in range(effort.seeds):
+        for mine in runs.values():
+            run = mine[seed]
+            sids = {path: by_path[path] for path in (run.catalog, run.side_catalog) if path}
+            if not claim_run(run, effort.processes, {"log": log.fingerprint} | sids):
+                todo.append(run)
+    bar = Progress(
+        TextColumn("{task.description:<16}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("training", total=len(todo), note="")
+
+        def note(run: TrainConfig, text: str) -> None:
+            bar.update(task, description=Path(run.output).name[:48], note=text)
+
+        trainings = (
+            _launched(todo, effort.processes, note) if effort.processes > 1 else _pooled(todo, effort.jobs)
+        )
+        for done in trainings:
+            note(done, "")
+            bar.advance(task)
+
+
+def _launched(
+    todo: list[TrainConfig], processes: int, note: Callable[[TrainConfig, str], None]
+) -> Iterator[TrainConfig]:
+    """One after another, each on several processes under TorchX."""
+    for run in todo:
+        note(run, "")
+        launch_training(
+            run,
+            processes,
+            on_line=lambda line, run=run: (  # type: ignore[misc]
+                note(run, line.rsplit(": ", 1)[-1]) if "examples/s" in line else None
+            ),
+        )
+        yield run
+
+
+def _pooled(todo: list[TrainConfig], jobs: int) -> Iterator[TrainConfig]:
+    """``jobs`` at a time, each alone in a process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
+        futures = {pool.submit(_train, run): run for run in todo}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker() -> None:
+    """A process that trains one model after another, alone in its group."""
+    set_up_logging()
+    logging.disable(logging.INFO)
+    os.environ.pop("MASTER_PORT", None)
+    torch.set_num_threads(1)
+
+
+def _train(run: TrainConfig) -> None:
+    # Groups of its own: each has threads that wake up for as long as it lives.
+    with process_group() as device:
+        write_options(run)
+        train(run, device)
