@@ -31,10 +31,11 @@ SEEDS ?= 1
 demo: $(FOR_USERS)
 	$(PY) -m apps.compare --output $(OUT) --seeds $(SEEDS) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-# TABLE: 1, 2, 3-history, 3-bytes, 3-new or 4 (apps/recipes.py); SEEDS trainings of each row.
+# TABLE: 1, 2, 3-history, 3-bytes, 3-new or 4 (apps/recipes.py); SEEDS trainings of each row; ROWS: a file
+# of rows of your own (docs/results.md).
 TABLE ?= 1
 paper: $(FOR_USERS)
-	$(PY) -m apps.paper --table $(TABLE) --data $(or $(DATA),../shared/data/ml1m) --seeds $(SEEDS) $(ARGS)
+	$(PY) -m apps.paper --table $(TABLE) --data $(or $(DATA),../shared/data/ml1m) --seeds $(SEEDS) $(if $(ROWS),--rows_file $(ROWS)) $(ARGS)
 
 lint: $(FOR_DEVELOPERS)
 	$(PY) -m ruff format --check .

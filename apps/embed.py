@@ -1,4 +1,4 @@
-"""Content embeddings from titles: `python -m apps.embed --data FOLDER` writes FOLDER/item_emb.npy.
+"""Content embeddings from titles: `torchrec-sid embed --data FOLDER` writes FOLDER/item_emb.npy.
 
 Latent semantic analysis of items.parquet's text: no model to download, a few seconds per 10^5 items. Any
 better embedding can stand in its place: `[N, d]` floats in the order of items.parquet (docs/data.md).

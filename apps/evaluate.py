@@ -1,4 +1,4 @@
-"""Evaluate a trained run on any split: `python -m apps.evaluate --run RUN_DIRECTORY --split valid`."""
+"""Evaluate a trained run on any split: `torchrec-sid evaluate --run RUN_DIRECTORY --split valid`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class EvaluateConfig:
     """One evaluation."""
 
     run: str
-    """Run directory of apps.train."""
+    """Run directory of torchrec-sid train."""
     split: str = "test"
     """valid or test."""
 
@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     try:
         position = run.load_trained()
         if not position.step:
-            raise SidError(str(output), "no checkpoint", "Train it first with apps.train.")
+            raise SidError(str(output), "no checkpoint", "Train it first with torchrec-sid train.")
         slices = run.evaluate(config.split)
     finally:
         run.close()
@@ -74,7 +74,7 @@ def _read_config(run: Path) -> TrainConfig:
     """The run's configuration; its plan is for the processes of the training, so another is made."""
     file = run / "config.json"
     if not file.is_file():
-        raise ArtifactError(str(file), "no such file", "Pass a run directory of apps.train.")
+        raise ArtifactError(str(file), "no such file", "Pass a run directory of torchrec-sid train.")
     return replace(load_options(TrainConfig, file), plan=None)
 
 

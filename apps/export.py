@@ -1,4 +1,4 @@
-"""Export a trained run for serving, float, int8 and int4: `python -m apps.export --run RUN_DIRECTORY`.
+"""Export a trained run for serving, float, int8 and int4: `torchrec-sid export --run RUN_DIRECTORY`.
 
 OUTPUT/PRECISION gets a program with its weights, a manifest and an example; it is run in a fresh process
 that sees nothing else, compared with the model, and timed. See docs/serving.md.
@@ -54,7 +54,7 @@ class ExportConfig:
     """One export."""
 
     run: str
-    """Run directory of apps.train; its newest checkpoint is exported."""
+    """Run directory of torchrec-sid train; its newest checkpoint is exported."""
     output: str | None = None
     """Folder of the programs; default: RUN/served."""
     precisions: tuple[Precision, ...] = ("float", "int8", "int4")
@@ -142,7 +142,7 @@ def open_run(config: ExportConfig) -> TrainedRun:
     """
     file = Path(config.run) / "config.json"
     if not file.is_file():
-        raise ArtifactError(str(file), "no such file", "Pass a run directory of apps.train.")
+        raise ArtifactError(str(file), "no such file", "Pass a run directory of torchrec-sid train.")
     train = load_options(TrainConfig, file)
     log = PreparedLog.open(Path(train.prepared or Path(train.output) / "prepared"))
     stores = open_stores(train, log)
@@ -152,7 +152,7 @@ def open_run(config: ExportConfig) -> TrainedRun:
     with open_checkpoints(directory, identity, stores) as manager:
         info = manager.latest()
         if info is None:
-            raise ArtifactError(str(directory), "no checkpoint", "Train it first with apps.train.")
+            raise ArtifactError(str(directory), "no checkpoint", "Train it first with torchrec-sid train.")
         state = {"model": ranking.module.state_dict()}
         manager.load(info, state)
         ranking.module.load_state_dict(state["model"])
@@ -205,7 +205,7 @@ def _requests(trained: TrainedRun, rows: int) -> tuple[list[Request], Tensor]:
 
 
 def _fresh_process(folders: list[str], config: ExportConfig) -> list[dict[str, Any]]:
-    """Run apps.served, which knows nothing but the folders."""
+    """Run `torchrec-sid served`, which knows nothing but the folders."""
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "served.json"
         command = [
@@ -217,7 +217,9 @@ def _fresh_process(folders: list[str], config: ExportConfig) -> list[dict[str, A
         command += [f"--batches={list(config.batches)}", f"--rounds={config.rounds}", f"--json={file}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SidError("apps.served", done.stderr.strip()[-500:], "The programs do not run elsewhere.")
+            raise SidError(
+                "torchrec-sid served", done.stderr.strip()[-500:], "The programs do not run elsewhere."
+            )
         rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     return rows
 

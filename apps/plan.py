@@ -1,8 +1,9 @@
 """Plan the sharding of a ranking model before paying for a GPU.
 
-`python -m apps.plan --world-size 128 --items 1000000000 --output DIR` needs no GPU, no process group and no
-table in memory. It prints the plan and writes DIR/plan.json (for `apps.train --plan`), DIR/report.json and
-DIR/report.html.
+    torchrec-sid plan --world-size 128 --items 1e9 --output DIR
+
+needs no GPU, no process group and no table in memory. It prints the plan and writes DIR/plan.json (for
+`torchrec-sid train --plan`), DIR/report.json and DIR/report.html.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class PlanConfig:
     model: RankingConfig = field(
         default_factory=lambda: RankingConfig(dim=64, history_length=256, table_rows=50_000_000)
     )
-    """The model, as in apps.train, with any arm but those over content embeddings."""
+    """The model, as in torchrec-sid train, with any arm but those over content embeddings."""
     tables: TableOptimizer = field(default_factory=TableOptimizer)
     """Optimizer of the tables: its state takes memory."""
     batch_size: int | None = None
@@ -66,7 +67,7 @@ class PlanConfig:
     device: str | None = None
     """cuda or cpu; default: the planner file's."""
     prepared: str | None = None
-    """A prepared log: its items, actions and dense features, so that the plan fits apps.train on it."""
+    """A prepared log: its items, actions and dense features, so that the plan fits train on it."""
     catalog: str | None = None
     """A SidCatalog: the shape of its SIDs."""
     cardinalities: tuple[int, ...] = (2048, 2048, 2048)

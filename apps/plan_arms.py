@@ -1,4 +1,4 @@
-"""The ranker that `apps.train` builds for an arm, on the meta device, at any number of items."""
+"""The ranker that `torchrec-sid train` builds for an arm, on the meta device, at any number of items."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_arm(name: str) -> None:
 
 
 def build_arm(name: str, inputs: PlanInputs, items: int) -> ArmPlanInput:
-    """The model of an arm with ``items`` items, named as in ``apps.train``, so that its plan fits there.
+    """The model of an arm with ``items`` items, named as in training, so that its plan fits there.
 
     Raises:
         SidError: an unknown arm, or one over content embeddings, which has nothing to plan.

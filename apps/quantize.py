@@ -1,7 +1,7 @@
 """Learn Semantic IDs from a folder of items and embeddings; write quantizer, catalog and a report.
 
-    python -m apps.quantize --data ../shared/data/ml1m --output out/sids
-    python -m apps.quantize --data FOLDER_WITH_NEW_ITEMS --append_to out/sids --output out/new_items
+    torchrec-sid quantize --data ../shared/data/ml1m --output out/sids
+    torchrec-sid quantize --data FOLDER_WITH_NEW_ITEMS --append_to out/sids --output out/new_items
     torchrun --nproc_per_node 2 -m apps.quantize --data FOLDER --output out/sids --quantizer rq_vae
 
 OUTPUT gets quantizer.safetensors, catalog/ (item id -> SID), quality.json, quality.png, report.html. The

@@ -1,6 +1,6 @@
 """A served model in a fresh process: does it answer as it did, and how fast?
 
-    python -m apps.served --folders '[FOLDER, FOLDER]' [--batches '[1, 64, 512]'] [--json FILE]
+    torchrec-sid served --folders '[FOLDER, FOLDER]' [--batches '[1, 64, 512]'] [--json FILE]
 
 Several folders take turns in the timings, so that the machine's moods meet all alike.
 """

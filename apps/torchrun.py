@@ -1,8 +1,9 @@
 """torch.distributed.run for the TorchX component: the same options, and it ends with a message.
 
-`python -m apps.torchrun [options of torch.distributed.run] -m apps.train ...`. Two things are added. A port
-that another program holds is found before the machines wait for one another on it, which they would do
-for ever. And where a process fails, the report on all processes comes without the launcher's own traceback.
+`python -m torchrec_sid.apps.torchrun [options of torch.distributed.run] -m MODULE ...`. Two things are
+added. A port that another program holds is found before the machines wait for one another on it, which they
+would do for ever. And where a process fails, the report on all processes comes without the launcher's own
+traceback.
 """
 
 from __future__ import annotations

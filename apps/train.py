@@ -1,6 +1,6 @@
-"""Train and evaluate one arm: `python -m apps.train --data FOLDER --output DIR --model.arm full_id`.
+"""Train and evaluate one arm: `torchrec-sid train --data FOLDER --output DIR --model.arm full_id`.
 
-Under TorchX for several processes: `torchx run -s local_cwd apps/components.py:train -- --data ...`.
+Under TorchX for several processes: `torchx run -s local_cwd train -- --data ...`.
 Started again on the same output directory, it resumes from the newest checkpoint.
 """
 

@@ -51,7 +51,9 @@ def plan_from_json(value: Any, where: str = "sharding plan") -> ShardingPlan:
         ArtifactError: another kind of file, a newer version, or a field that is missing or unknown.
     """
     if not isinstance(value, dict) or value.get("kind") != "sharding_plan":
-        raise ArtifactError(where, "is not a sharding plan", "Pass the plan.json that apps.plan writes.")
+        raise ArtifactError(
+            where, "is not a sharding plan", "Pass the plan.json that torchrec-sid plan writes."
+        )
     if value["version"] > LAYOUT_VERSION:
         raise ArtifactError(
             where,
@@ -87,7 +89,7 @@ def load_plan(path: str | Path) -> ShardingPlan:
     if path.is_dir():
         return plan_from_json(read_checkpoint(path).metadata.get("plan"), str(path))
     if not path.is_file():
-        raise ArtifactError(str(path), "no such file", "Make a plan with python -m apps.plan.")
+        raise ArtifactError(str(path), "no such file", "Make a plan with torchrec-sid plan.")
     try:
         value = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
