@@ -84,6 +84,8 @@ class TrainedRun(NamedTuple):
     identity: dict[str, str]
     batches: BatchReader
     history_length: int
+    actions: int
+    """History actions of the log: values are 0..actions-1."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,6 +122,8 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
             output / precision,
             ExportOptions(precision, config.tolerance),
             max_lengths=dict.fromkeys(histories, trained.history_length),
+            together=[histories] if histories else [],
+            ranges={name: (0, trained.actions - 1) for name in histories if name == "history_action"},
             identity=identity,
         )
         for precision in config.precisions
@@ -163,7 +167,7 @@ def open_run(config: ExportConfig) -> TrainedRun:
         item_values=ranking.item_values,
     )
     model = ranking.module.model.eval()
-    return TrainedRun(model, ranking, info.step, identity, reader, train.model.history_length)
+    return TrainedRun(model, ranking, info.step, identity, reader, train.model.history_length, log.actions)
 
 
 def to_request(batch: RankingBatch) -> Request:

@@ -50,21 +50,22 @@ def check_models(folders: Sequence[str], batches: Sequence[int], rounds: int) ->
     Raises:
         SidError: a folder that cannot be read, or answers other than those it was exported with.
     """
-    models, rows = [], []
+    models: list[tuple[ServedModel, Request]] = []
+    rows: list[dict[str, Any]] = []
     for folder in folders:
         began = time.perf_counter()
         model = ServedModel.load(folder)
         seconds = time.perf_counter() - began
         example = model.example()
         difference = float((model(example.request) - example.outputs).abs().max())
-        if not difference <= model.manifest["tolerance"]:
+        if not difference <= model.manifest.tolerance:
             raise SidError(folder, f"its answers are off by {difference:g}", "Export the model again here.")
         models.append((model, example.request))
         rows.append(
             {
                 "folder": folder,
-                "precision": model.manifest["precision"],
-                "bytes": model.manifest["program"]["bytes"],
+                "precision": model.manifest.precision,
+                "bytes": model.program_bytes,
                 "difference": difference,
                 "load_seconds": seconds,
                 "ms": {},

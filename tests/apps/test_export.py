@@ -58,7 +58,7 @@ def test_a_run_is_exported_checked_and_timed(run, tmp_path):
     assert served.inputs.max_lengths == dict.fromkeys(
         ("history_sid", "history_action", "history_age"), _MODEL.history_length
     )
-    assert served.manifest["identity"]["catalog"] == SidCatalog.open(run.parent / "catalog").fingerprint
+    assert served.manifest.identity["catalog"] == SidCatalog.open(run.parent / "catalog").fingerprint
 
 
 def _trained_ne(run):

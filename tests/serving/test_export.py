@@ -85,9 +85,9 @@ def test_quantized_programs_are_smaller_and_say_how_far_off_they_are(exports, se
     sizes = [sum(_table_bytes(model)) for model in served.values()]
     assert sizes == sorted(sizes, reverse=True)
     for precision, model in served.items():
-        assert model.manifest["difference_to_float"] == exports[precision].quantization
+        assert model.manifest.difference_to_float == exports[precision].quantization
         assert exports[precision].quantization <= QUANTIZATION[precision]
-        assert model.manifest["identity"] == {"run": 1}
+        assert model.manifest.identity == {"run": 1}
 
 
 def _table_bytes(model):

@@ -9,16 +9,13 @@ takes any straight-line model.
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import logging
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +23,29 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_sid.artifact import save_artifact, write_atomically, write_json
+from torchrec_sid.artifact import (
+    Place,
+    RemotePath,
+    folder_lock,
+    locate,
+    record_file,
+    save_artifact,
+    seal_folder,
+    whole_folder,
+    write_atomically,
+)
 from torchrec_sid.errors import SidError
 from torchrec_sid.serving.quantized import Precision, quantize_tables
 from torchrec_sid.serving.request import Inputs, Request
-from torchrec_sid.serving.served_model import EXAMPLE, EXAMPLE_KIND, KIND, MANIFEST, PROGRAM, VERSION
+from torchrec_sid.serving.served_model import (
+    EXAMPLE,
+    EXAMPLE_KIND,
+    EXAMPLE_VERSION,
+    KIND,
+    PROGRAM,
+    VERSION,
+    ServedManifest,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class ExportOptions:
 class ExportReport(NamedTuple):
     """What was written."""
 
-    folder: Path
+    folder: Place
     bytes: int
     """Of the program with its weights."""
     difference: float
@@ -68,10 +83,12 @@ class ExportReport(NamedTuple):
 def export_model(
     model: nn.Module,
     example: Request,
-    folder: str | Path,
+    folder: str | Place,
     options: ExportOptions | None = None,
     *,
     max_lengths: Mapping[str, int] | None = None,
+    together: Sequence[Sequence[str]] = (),
+    ranges: Mapping[str, tuple[int, int]] | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write a model as a program, and check that it answers as the model does.
@@ -82,9 +99,12 @@ def export_model(
         model: unsharded; called as ``model(dense, KeyedJaggedTensor, **extras)``, returns a tensor with a
             row per example. It is copied and not changed.
         example: at least two rows; no feature without a value. Sizes of requests to come are free.
-        folder: written anew: ``program.pt2``, ``manifest.json``, ``example.safetensors``.
+        folder: a local path or a URI, written anew as a whole: ``program.pt2``, ``manifest.json``,
+            ``example.safetensors``.
         options: precision and tolerance.
         max_lengths: feature -> most values of an example that the model reads; longer requests are refused.
+        together: features of one history: requests with more of one than of another are refused.
+        ranges: feature -> smallest and largest value that the model knows; others are refused.
         identity: JSON-serialisable, kept in the manifest: what the weights depend on.
 
     Raises:
@@ -107,7 +127,9 @@ def export_model(
     """
     options = options or ExportOptions()
     limits = dict(max_lengths or {})
-    inputs = _inputs(example, limits)
+    inputs = _inputs(example, limits)._replace(
+        together=tuple(tuple(group) for group in together), ranges=dict(ranges or {})
+    )
     inputs.check(example)
     _check_example(example)
     # Quantizing swaps the tables of the copy only.
@@ -118,25 +140,40 @@ def export_model(
     with torch.no_grad():
         expected = _answer(exported.module(), example)
         plain = _answer(Program(copy.deepcopy(model).eval(), inputs.features), example)
-    folder = Path(folder)
-    size = _write_program(folder / PROGRAM, exported)
     quantization = float((expected - plain).abs().max())
-    manifest = {
-        "kind": KIND,
-        "version": VERSION,
-        "precision": options.precision,
-        "inputs": inputs._asdict(),
-        "program": {"sha256": _sha256(folder / PROGRAM), "bytes": size},
-        "tolerance": options.tolerance,
-        "difference_to_eager": difference,
-        "difference_to_float": quantization,
-        "identity": dict(identity or {}),
-        "versions": {name: _version(name) for name in ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu")},
-    }
-    tensors = example.to_tensors() | {"outputs": expected}
-    save_artifact(folder / EXAMPLE, kind=EXAMPLE_KIND, version=VERSION, config={}, tensors=tensors)
-    write_json(folder / MANIFEST, manifest)
-    return ExportReport(folder, size, difference, quantization, expected)
+    manifest = ServedManifest(
+        options.precision,
+        inputs,
+        options.tolerance,
+        difference,
+        quantization,
+        dict(identity or {}),
+        {name: _version(name) for name in ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu")},
+    )
+    place = locate(folder)
+    size = _publish(place, exported, manifest, example.to_tensors() | {"outputs": expected})
+    return ExportReport(place, size, difference, quantization, expected)
+
+
+def _publish(
+    place: Place, exported: ExportedProgram, manifest: ServedManifest, tensors: dict[str, Tensor]
+) -> int:
+    """Write the folder, on a local disk as a whole or not at all; the program's size."""
+    if isinstance(place, RemotePath):
+        return _write(place, exported, manifest, tensors)
+    with folder_lock(place), whole_folder(place, KIND) as work:
+        return _write(work, exported, manifest, tensors)
+
+
+def _write(
+    place: Place, exported: ExportedProgram, manifest: ServedManifest, tensors: dict[str, Tensor]
+) -> int:
+    _write_program(place / PROGRAM, exported)
+    save_artifact(place / EXAMPLE, kind=EXAMPLE_KIND, version=EXAMPLE_VERSION, config={}, tensors=tensors)
+    config = {**manifest._asdict(), "inputs": manifest.inputs._asdict()}
+    files = {name: record_file(place, name) for name in (PROGRAM, EXAMPLE)}
+    seal_folder(place, kind=KIND, version=VERSION, config=config, files=files)
+    return files[PROGRAM].bytes
 
 
 class Program(nn.Module):
@@ -259,21 +296,12 @@ def _answer(program: Any, request: Request) -> Tensor:
     return result
 
 
-def _write_program(path: Path, exported: ExportedProgram) -> int:
+def _write_program(path: Place, exported: ExportedProgram) -> None:
     # They would be pickled; the example lies beside the program.
     exported._example_inputs = None
-    with tempfile.TemporaryDirectory() as temporary, _quietly():
-        # The archive holds its own file name, which must not be one that changes.
-        file = Path(temporary) / PROGRAM
-        torch.export.save(exported, file)
-        content = file.read_bytes()
-    write_atomically(path, lambda part: part.write_bytes(content))
-    return len(content)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with _quietly():
+        # The archive holds its own file name, which write_atomically leaves as it is.
+        write_atomically(path, lambda temporary: torch.export.save(exported, temporary))
 
 
 def _version(name: str) -> str | None:

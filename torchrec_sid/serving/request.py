@@ -93,23 +93,38 @@ class Inputs(NamedTuple):
     """As in :class:`Request`."""
     max_lengths: dict[str, int]
     """Feature -> most values of one example that the model reads."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """Features of one history: every example has as many values of each."""
+    ranges: dict[str, tuple[int, int]] = {}  # noqa: RUF012  never changed
+    """Feature -> smallest and largest value that the model knows."""
 
     def check(self, request: Request) -> None:
         """Refuse what the program would compute wrongly.
 
         Raises:
             SidError: a feature or extra that is missing or too many, a dtype or shape, lengths that do not
-                add up, or more values than the model reads.
+                add up or differ within one history, more values than the model reads, a value that it does
+                not know, or a dense value that is not finite.
         """
         dense = request.dense
         if dense.dim() != 2 or dense.shape[1] != self.dense or dense.dtype != torch.float32:
             raise SidError(
                 "dense", f"{dense.dtype} of shape {tuple(dense.shape)}", f"Pass float32 [B, {self.dense}]."
             )
+        if not bool(dense.isfinite().all()):
+            row, column = (int(i) for i in (~dense.isfinite()).nonzero()[0])
+            raise SidError(
+                "dense",
+                f"{float(dense[row, column])} in row {row}, column {column}",
+                "Pass finite numbers.",
+            )
         _same_names("feature", request.features, self.features)
         _same_names("extra input", request.extras, self.extras)
         for name, bags in request.features.items():
             _check_bags(name, bags, request.rows, self.max_lengths.get(name))
+            _check_range(name, bags.values, self.ranges.get(name))
+        for group in self.together:
+            _check_together(group, request.features)
         for name, (dtype, shape) in self.extras.items():
             extra = request.extras[name]
             of = self.rows_of.get(name)
@@ -139,6 +154,30 @@ def _same_names(
     for name in found:
         if name not in wanted:
             raise SidError(f"{kind} {name!r}", "not read by this program", f"It reads {list(wanted)}.")
+
+
+def _check_range(name: str, values: Tensor, bounds: tuple[int, int] | None) -> None:
+    if bounds is None or not len(values):
+        return
+    low, high = (int(bound) for bound in values.aminmax())
+    if low < bounds[0] or high > bounds[1]:
+        odd = low if low < bounds[0] else high
+        raise SidError(
+            f"feature {name!r}", f"the value {odd}", f"The model knows {bounds[0]} to {bounds[1]}."
+        )
+
+
+def _check_together(names: Sequence[str], features: Mapping[str, Bags]) -> None:
+    first = features[names[0]].lengths
+    for name in names[1:]:
+        other = features[name].lengths
+        if not torch.equal(first, other):
+            row = int((first != other).nonzero()[0])
+            raise SidError(
+                f"feature {name!r}",
+                f"{int(other[row])} values in row {row}, {names[0]!r} has {int(first[row])}",
+                "Send one value of each per event.",
+            )
 
 
 def _check_bags(name: str, bags: Bags, rows: int, most: int | None) -> None:

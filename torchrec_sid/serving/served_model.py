@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import io
 import logging
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchrec_sid.artifact import load_artifact
+from torchrec_sid.artifact import (
+    Contents,
+    FileRecord,
+    Place,
+    RemotePath,
+    SealedFolder,
+    load_artifact,
+    open_folder,
+)
+from torchrec_sid.artifact.place import same_path
+from torchrec_sid.artifact.sealed import check_kind
 from torchrec_sid.errors import ArtifactError
+from torchrec_sid.serving.program_check import check_program
 from torchrec_sid.serving.request import Inputs, Request
 
-KIND, VERSION = "served_model", 1
-EXAMPLE_KIND = "served_model_example"
-PROGRAM, MANIFEST, EXAMPLE = "program.pt2", "manifest.json", "example.safetensors"
+KIND, VERSION = "served_model", 2
+EXAMPLE_KIND, EXAMPLE_VERSION = "served_model_example", 1
+PROGRAM, EXAMPLE = "program.pt2", "example.safetensors"
+
+
+class ServedManifest(NamedTuple):
+    """What the manifest of a served model says."""
+
+    precision: str
+    """Of the rows of its tables."""
+    inputs: Inputs
+    """What the program reads."""
+    tolerance: float
+    """Largest difference to the model it was made from that was allowed."""
+    difference_to_eager: float
+    """Largest difference that was found."""
+    difference_to_float: float
+    """Largest difference to the float model on the example."""
+    identity: dict[str, Any]
+    """What the weights depend on."""
+    versions: dict[str, str | None]
+    """Of the libraries that exported it."""
 
 
 class Example(NamedTuple):
@@ -32,61 +60,59 @@ class ServedModel:
     """A program and what it reads.
 
     Example:
-        See :func:`~torchrec_sid.serving.exporter.export_model`, which writes what this reads.
+        >>> model = ServedModel.load("out/run/served/int8")  # doctest: +SKIP
+        >>> logits = model(Request(dense, {"item_sid": Bags(sids, ones), ...}, {}, {}))  # doctest: +SKIP
     """
 
-    def __init__(self, folder: Path, program: Any, manifest: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: SealedFolder, program: Any, manifest: ServedManifest) -> None:
+        self.folder = folder.path
+        self.program_bytes = folder.files[PROGRAM].bytes
+        """Size of the program with its weights."""
         self.manifest = manifest
-        self.inputs = _inputs(manifest["inputs"])
+        self.inputs = manifest.inputs
         self._program = program
 
     @classmethod
-    def load(cls, folder: str | Path, *, verify: bool = True) -> ServedModel:
+    def load(cls, folder: str | Place, *, verify: bool = True) -> ServedModel:
         """Read a folder; nothing of the training code is imported, nothing is unpickled.
 
+        The program is inspected before torch loads it: see
+        :func:`~torchrec_sid.serving.program_check.check_program`.
+
         Args:
-            folder: written by ``export_model``.
-            verify: compare the program with its hash first, which reads it once more.
+            folder: written by ``export_model``, a local path or a URI.
+            verify: compare program and example with their hashes first, which reads them once more.
 
         Raises:
-            ArtifactError: a file is missing or altered, or the folder is of another kind or version.
+            ArtifactError: a file is missing or altered, the folder is of another kind or version, or the
+                program holds more than the operators of a model.
         """
         import fbgemm_gpu  # noqa: F401  registers the operators of the look-ups
 
-        folder = Path(folder)
-        manifest = _read_manifest(folder / MANIFEST)
-        path = folder / PROGRAM
-        if not path.is_file():
-            raise ArtifactError(str(path), "no such file", "Export the model again.")
-        if verify:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != manifest["program"]["sha256"]:
-                raise ArtifactError(str(path), "not the program of its manifest", "Export the model again.")
-        # It speaks of symbols that tracing left unused.
-        logger = logging.getLogger("torch._export.serde.serialize")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
-            program = torch.export.load(path).module()
-        finally:
-            logger.setLevel(level)
-        return cls(folder, program, manifest)
+        opened = open_folder(
+            folder,
+            kind=KIND,
+            version=VERSION,
+            verify=verify,
+            earlier=_earlier,
+            remedy="Pass a folder written by export_model.",
+        )
+        manifest: ServedManifest = opened.read_config(ServedManifest)
+        program = _load_program(opened)
+        return cls(opened, program, manifest)
 
-    def __call__(self, request: Request, *, check: bool = True) -> Tensor:
+    def __call__(self, request: Request) -> Tensor:
         """Rank ``[B]`` examples: what the model returned, one row per example.
 
         Args:
             request: on the CPU.
-            check: refuse requests that the program would compute wrongly.
 
         Raises:
             SidError: see :meth:`~torchrec_sid.serving.request.Inputs.check`.
             RuntimeError: a SID or an id outside its range, named by feature.
         """
-        if check:
-            self.inputs.check(request)
+        # Always: a program reads memory by the lengths that it is given.
+        self.inputs.check(request)
         features = {name: tuple(request.features[name]) for name in self.inputs.features}
         extras = {name: request.extras[name] for name in self.inputs.extras}
         with torch.no_grad():
@@ -94,34 +120,40 @@ class ServedModel:
         return answer
 
     def example(self) -> Example:
-        """The request that the model was exported with, and the answer of the exporting process."""
-        tensors = load_artifact(self.folder / EXAMPLE, kind=EXAMPLE_KIND, version=VERSION).tensors
-        return Example(Request.from_tensors(tensors, self.inputs), tensors["outputs"])
+        """The request that the model was exported with, and the answer of the exporting process.
+
+        Raises:
+            ArtifactError: it is missing, altered, or not of this program.
+        """
+        path = self.folder / EXAMPLE
+        tensors = load_artifact(path, kind=EXAMPLE_KIND, version=EXAMPLE_VERSION).tensors
+        try:
+            return Example(Request.from_tensors(tensors, self.inputs), tensors["outputs"])
+        except KeyError as error:
+            raise ArtifactError(str(path), f"lacks {error}", "Export the model again.") from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ArtifactError(str(path), "no such file", "Pass a folder written by export_model.")
-    try:
-        manifest = json.loads(path.read_text())
-        kind, version = manifest["kind"], manifest["version"]
-        _inputs(manifest["inputs"])
-        _ = manifest["program"]["sha256"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ArtifactError(str(path), f"damaged ({error})", "Export the model again.") from error
-    if kind != KIND or version > VERSION:
-        raise ArtifactError(
-            str(path), f"{kind!r} of version {version}", f"This release reads {KIND!r} up to {VERSION}."
-        )
-    return dict(manifest)
+def _load_program(folder: SealedFolder) -> Any:
+    where = f"{folder.path}/{PROGRAM}"
+    # It speaks of symbols that tracing left unused.
+    logger = logging.getLogger("torch._export.serde.serialize")
+    level = logger.level
+    with folder.open(PROGRAM) as file:
+        source = io.BytesIO(file.read()) if isinstance(folder.path, RemotePath) else file
+        check_program(source, where)
+        logger.setLevel(logging.ERROR)
+        try:
+            return torch.export.load(same_path(source) or source).module()
+        except Exception as error:  # whatever the deserialiser of a damaged graph runs into
+            raise ArtifactError(
+                where, f"cannot be loaded ({type(error).__name__})", "Export the model again."
+            ) from error
+        finally:
+            logger.setLevel(level)
 
 
-def _inputs(plain: dict[str, Any]) -> Inputs:
-    """From JSON, which has no tuples."""
-    return Inputs(
-        dense=plain["dense"],
-        features=tuple(plain["features"]),
-        extras={name: (dtype, tuple(shape)) for name, (dtype, shape) in plain["extras"].items()},
-        rows_of=dict(plain["rows_of"]),
-        max_lengths=dict(plain["max_lengths"]),
-    )
+def _earlier(body: dict[str, Any], where: str) -> Contents:
+    """A manifest of layout 1, without a seal."""
+    check_kind(where, body["kind"], body["version"], wanted=KIND, newest=1, holder="folder")
+    program = FileRecord(body["program"]["bytes"], body["program"]["sha256"])
+    return Contents(1, {name: body[name] for name in ServedManifest._fields}, {PROGRAM: program})
