@@ -8,7 +8,7 @@ import difflib
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -27,11 +27,14 @@ from torchrec_sid.options import (
     options_of,
     read_mapping,
 )
+from torchrec_sid.plugins import load_plugins
 
 T = TypeVar("T")
 
 
-def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | None = None) -> T:
+def parse_config(
+    kind: type[T] | Callable[[], type[T]], description: str | None, argv: Sequence[str] | None = None
+) -> T:
     """Read a configuration from the command line: one option per field, ``--config FILE`` for YAML.
 
     ``--world-size`` is ``--world_size``, ``--size=3`` is ``--size 3``, ``--quick`` is ``--quick true``, a
@@ -39,7 +42,8 @@ def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | N
     program with status 2 and one line.
 
     Args:
-        kind: the dataclass; nested dataclasses become dotted options, e.g. ``--model.dim``.
+        kind: the dataclass, or what makes it once the files after ``--plugin`` are loaded; nested
+            dataclasses become dotted options, e.g. ``--model.dim``.
         description: shown by ``--help``.
         argv: arguments; those of the process by default.
 
@@ -47,6 +51,9 @@ def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | N
         SidError: the dataclass refuses the values.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for file in _after_plugin(words):
+        load_plugins(file)
+    kind = kind if isinstance(kind, type) else kind()
     options = {option.name: option for option in options_of(kind)}
     if "-h" in words or "--help" in words:
         _print_help(description or "", list(options.values()))
@@ -70,6 +77,19 @@ def parse_config(kind: type[T], description: str | None, argv: Sequence[str] | N
     except SidError as error:
         _refuse(f"{error.where}: {error.found}. {error.remedy}")
     return construct(kind, values, lambda _: "")
+
+
+def _after_plugin(words: Sequence[str]) -> Iterator[str]:
+    """The files that ``--plugin`` names: other options may be made of what they register."""
+    named = False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            named = name == "--plugin"
+            if named and equals:
+                yield value
+        elif named:
+            yield word
 
 
 @contextmanager

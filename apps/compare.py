@@ -19,6 +19,7 @@ from rich.console import Console
 
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.errors import SidError
+from torchrec_sid.learn import SidRecipe
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import ARMS, arm_named
 from torchrec_sid.plugins import load_plugins
@@ -28,7 +29,6 @@ from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import command_line, parse_config, plain_errors, wide_console
 from .harness import Effort, run_rows
-from .learn_sids import SidRecipe
 from .report import summarise, terminal_table, write_report
 from .rows import Comparison, Row
 from .rundir import git_commit

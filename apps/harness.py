@@ -22,12 +22,13 @@ from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import SidError
+from torchrec_sid.learn import LearnedSids, learn_sids
 from torchrec_sid.models.channels import arm_named
 from torchrec_sid.parallel.ranks import process_group
 from torchrec_sid.training.train_config import TrainConfig
 
-from .launch import launch_training, write_options
-from .learn_sids import LearnedSids, learn_sids, sid_options
+from .launch import launch_training, sid_options, write_options
+from .quantize_report import plot_quality
 from .rows import Comparison, Row
 from .rundir import set_up_logging
 from .train import train
@@ -97,6 +98,7 @@ def run_rows(
         recipe = replace(rows.sids[name], **dict(content or {}))  # type: ignore[arg-type]
         with console.status(f"learning SIDs: {escape(name)}"):
             learned[name] = learn_sids(recipe, data, log, home / "sids" / name.replace(" ", "-"))
+            plot_quality(learned[name].report(), learned[name].quality.with_name("quality.png"))
 
     def run(row: Row, seed: int) -> TrainConfig:
         name = row.name.replace(" ", "-").replace("+", "and") if " " in row.name else row.name

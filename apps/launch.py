@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torchx.runner import get_runner
 from torchx.specs import AppState
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.learn import LearnedSids
+from torchrec_sid.models.channels import Arm
 from torchrec_sid.training.train_config import TrainConfig
 
 from .components import train
@@ -109,3 +112,15 @@ def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def sid_options(arm: Arm, tables: LearnedSids | None, side: LearnedSids | None) -> dict[str, Any]:
+    """The options of a ``TrainConfig`` that give an arm the SIDs that it reads, and no others."""
+    options = {}
+    if "catalog" in arm.requires and tables is not None:
+        options["catalog"] = str(tables.catalog)
+    if "pieces" in arm.requires and tables is not None and tables.pieces is not None:
+        options["pieces"] = str(tables.pieces)
+    if "side_catalog" in arm.requires and side is not None:
+        options |= {"side_catalog": str(side.catalog), "side_quantizer": str(side.quantizer)}
+    return options

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +14,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from torchrec_sid.artifact import write_json
+from torchrec_sid.item_content import Array, ItemContent
 from torchrec_sid.quality import QualityReport
+from torchrec_sid.quantizers import Quantizer
 from torchrec_sid.seeding import derived_generator
 
 from .pages import drawn, write_page
-from .quantize_content import Array, Content
 
 _EXAMPLE_ROWS = 50_000
 _TOP_PREFIXES = 6
@@ -37,11 +40,14 @@ class PrefixExample(NamedTuple):
 
 
 @torch.no_grad()
-def examples_by_prefix(content: Content, chosen: Array, *, beam: int = 1) -> list[PrefixExample]:
+def examples_by_prefix(
+    quantizer: Quantizer, content: ItemContent, chosen: Array, *, beam: int = 1
+) -> list[PrefixExample]:
     """Six level-1 prefixes, from the most to the least popular, each with its two largest continuations.
 
     Args:
-        content: items as vectors, and their quantizer.
+        quantizer: of the SIDs.
+        content: the items.
         chosen: ``[N]`` bool, the items to draw from; at most 50,000 of them are looked at.
         beam: as for ``encode``.
     """
@@ -51,9 +57,9 @@ def examples_by_prefix(content: Content, chosen: Array, *, beam: int = 1) -> lis
         rows = np.sort(rows[torch.randperm(len(rows), generator=generator)[:_EXAMPLE_ROWS].numpy()])
     looked_at = np.zeros(len(chosen), dtype=bool)
     looked_at[rows] = True
-    x = torch.cat(list(content.stream(looked_at))).cpu()
-    codes = content.view.encode(x, beam=beam).cpu()
-    items = _Items(content, rows, codes, normalize(x, dim=1))
+    x = torch.cat(list(quantizer.rows(content.data(looked_at)))).cpu()
+    codes = quantizer.encode(x, beam=beam).cpu()
+    items = _Items(quantizer, content, rows, codes, normalize(x, dim=1))
     counts = codes[:, 0].bincount()
     popular = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     places = torch.linspace(0, len(popular) - 1, min(_TOP_PREFIXES, len(popular))).round().long()
@@ -69,14 +75,15 @@ def examples_by_prefix(content: Content, chosen: Array, *, beam: int = 1) -> lis
 
 
 class _Items(NamedTuple):
-    content: Content
+    quantizer: Quantizer
+    content: ItemContent
     rows: Array  # [n] int64, dense indices
     codes: Tensor  # [n, L] int64
     units: Tensor  # [n, d] float32
 
     def example(self, prefix: tuple[int, ...]) -> PrefixExample:
         members = (self.codes[:, : len(prefix)] == torch.tensor(prefix)).all(1).nonzero().flatten()
-        centre = normalize(self.content.view.decode(torch.tensor([prefix])).cpu(), dim=1)[0]
+        centre = normalize(self.quantizer.decode(torch.tensor([prefix])).cpu(), dim=1)[0]
         cosine = self.units[members] @ centre
         nearest = members[cosine.argsort(descending=True)[:_ITEMS]]
         names = tuple(self.content.folder.texts(self.rows[nearest.numpy()]))
@@ -84,22 +91,25 @@ class _Items(NamedTuple):
 
 
 def write_report(
-    output: Path,
-    settings: Mapping[str, Any],
-    quality: QualityReport,
-    examples: Sequence[PrefixExample],
-    *,
-    html: bool = True,
+    quality_file: Path, settings: Mapping[str, Any], examples: Sequence[PrefixExample], *, html: bool = True
 ) -> Path:
-    """Write quality.json, and with ``html`` quality.png and report.html; return the path of the last."""
-    examples_json = [example._asdict() for example in examples]
-    write_json(output / "quality.json", {**settings, **quality.to_dict(), "examples": examples_json})
+    """Add settings and examples to quality.json; with ``html`` write quality.png and report.html beside it.
+
+    Returns:
+        The path of the last.
+    """
+    figures = {**json.loads(quality_file.read_text()), **settings}
+    quality = QualityReport.from_dict(figures)
+    write_json(quality_file, {**figures, "examples": [example._asdict() for example in examples]})
     if not html:
-        return output / "quality.json"
-    plot_quality(quality, output / "quality.png")
+        return quality_file
+    plot_quality(quality, quality_file.with_name("quality.png"))
+    own = {f.name for f in fields(QualityReport)} | {"examples"}
+    settings = {name: value for name, value in figures.items() if name not in own}
+    page = quality_file.with_name("report.html")
     labels = list(quality.prefixes[0].purity)
     write_page(
-        output / "report.html",
+        page,
         "quality.html",
         settings=settings,
         quality=quality,
@@ -111,7 +121,15 @@ def write_report(
         sources=[(name, list(found), list(found.values())) for name, found in settings["sources"].items()],
         examples=examples,
     )
-    return output / "report.html"
+    return page
+
+
+def missing_items(missing: Mapping[str, int]) -> str:
+    """How many items lack content, in a line."""
+    lacking = [f"{name} {count:,}" for name, count in missing.items() if name != "any" and count]
+    if not lacking:
+        return "every item has a SID"
+    return f"items without a SID: {missing['any']:,} (without each source: {', '.join(lacking)})"
 
 
 def describe(quality: QualityReport) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from torchrec_sid.learn import SidRecipe
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.quantizers import (
     DiscretePcaConfig,
@@ -18,7 +19,6 @@ from torchrec_sid.quantizers import (
 )
 from torchrec_sid.tables import PieceTrainerConfig
 
-from .learn_sids import SidRecipe
 from .rows import Comparison, Row
 
 TRITS = {5: 25, 10: 50, 16: 80}

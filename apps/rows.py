@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_sid.errors import SidError
+from torchrec_sid.learn import SidRecipe
 from torchrec_sid.models.build import RankingConfig
-
-from .learn_sids import SidRecipe
 
 
 @dataclass(frozen=True)

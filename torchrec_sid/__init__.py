@@ -26,6 +26,11 @@ if TYPE_CHECKING:
         SidEmbeddingBagCollection as SidEmbeddingBagCollection,
         SidEmbeddingCollection as SidEmbeddingCollection,
     )
+    from torchrec_sid.learn import (
+        LearnedSids as LearnedSids,
+        SidRecipe as SidRecipe,
+        learn_sids as learn_sids,
+    )
     from torchrec_sid.quality import (
         QualityReport as QualityReport,
         measure_quality as measure_quality,
@@ -79,6 +84,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "catalog": ("SidCatalog", "add_last_digit", "measure_drift"),
     "collections": ("SidEmbeddingBagCollection", "SidEmbeddingCollection"),
+    "learn": ("LearnedSids", "SidRecipe", "learn_sids"),
     "quality": ("QualityReport", "measure_quality"),
     "quantizers": (
         "CategorySource",

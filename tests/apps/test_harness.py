@@ -17,7 +17,6 @@ MINE = """
 from dataclasses import replace
 
 from apps.rows import Row
-from apps.learn_sids import SidRecipe
 from torchrec_sid import ResidualKMeansConfig
 from torchrec_sid.models.build import RankingConfig
 

@@ -9,7 +9,6 @@ import yaml
 from rich.console import Console
 
 import apps.recipes
-from apps.learn_sids import SidRecipe, learn_sids
 from apps.paper import PaperConfig, paper
 from apps.recipes import TABLES
 from apps.report import terminal_table
@@ -18,6 +17,7 @@ from tests.logs import small_log
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
+from torchrec_sid.learn import SidRecipe, learn_sids
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import arm_named
 from torchrec_sid.quantizers import (

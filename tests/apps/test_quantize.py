@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +14,14 @@ import pytest
 import torch
 
 from apps.quantize import Quantization, QuantizeConfig, main, quantize
+from tests.quantizers.test_registry import PLUGIN
+from torchrec_sid import plugins
 from torchrec_sid.catalog import SidCatalog
+from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.learn import SidRecipe, learn_sids
 from torchrec_sid.quantizers import (
     DiscretePcaConfig,
     ResidualKMeansConfig,
@@ -21,6 +30,7 @@ from torchrec_sid.quantizers import (
     load_quantizer,
 )
 from torchrec_sid.quantizers.bottleneck import Bottleneck
+from torchrec_sid.tables import SidPieces
 
 KMEANS = ResidualKMeansConfig(cardinalities=(8, 8))
 
@@ -44,9 +54,7 @@ def write_items(folder: Path, ids: np.ndarray, seed: int = 0, dim: int = 16) -> 
 @pytest.fixture
 def config(tmp_path: Path) -> QuantizeConfig:
     write_items(tmp_path / "data", 10 * np.arange(600))
-    return QuantizeConfig(
-        str(tmp_path / "data"), str(tmp_path / "out"), residual_kmeans=KMEANS, report=False
-    )
+    return QuantizeConfig(str(tmp_path / "data"), str(tmp_path / "out"), KMEANS, report=False)
 
 
 def changed(config: QuantizeConfig, **fields: object) -> Quantization:
@@ -83,8 +91,8 @@ def test_a_folder_becomes_a_catalog_and_a_report(config: QuantizeConfig) -> None
         ("seed", 1),
         ("held_out", 0.4),
         ("beam", 4),
-        ("residual_kmeans", ResidualKMeansConfig(cardinalities=(8, 9))),
-        ("quantizer", "discrete_pca"),
+        ("quantizer", ResidualKMeansConfig(cardinalities=(8, 9))),
+        ("quantizer", DiscretePcaConfig.trits(8)),
     ],
 )
 def test_options_change_the_catalog(config: QuantizeConfig, field: str, value: object) -> None:
@@ -94,16 +102,16 @@ def test_options_change_the_catalog(config: QuantizeConfig, field: str, value: o
 
 
 def test_every_quantizer_can_be_chosen(config: QuantizeConfig) -> None:
-    trits = changed(config, quantizer="discrete_pca", discrete_pca=DiscretePcaConfig(stages=((2, 3),) * 3))
+    trits = changed(config, quantizer=DiscretePcaConfig(stages=((2, 3),) * 3))
     assert trits.catalog.spec.cardinalities == (3,) * 6
     small = RqVaeConfig(cardinalities=(8, 8), epochs=1)
-    vae = changed(config, quantizer="rq_vae", rq_vae=small, overwrite=True)
+    vae = changed(config, quantizer=small, overwrite=True)
     assert vae.catalog.spec.cardinalities == (8, 8) and vae.quantizer.kind == "rq_vae"
 
 
 def test_a_fit_that_was_cut_off_continues(config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     small = RqVaeConfig(cardinalities=(8, 8), epochs=4, batch_size=64)
-    fields = {"quantizer": "rq_vae", "rq_vae": small, "checkpoint_every": 5}
+    fields = {"quantizer": small, "checkpoint_every": 5}
     whole = changed(config, **{**fields, "checkpoint_every": 0}).quantizer.fingerprint
     steps = 0
     follow = Bottleneck.follow
@@ -133,9 +141,9 @@ def test_several_sources_become_one_sid_and_new_items_need_not_have_all(
     data = Path(config.data)
     random = np.random.default_rng(5)
     np.save(data / "item_emb_image.npy", random.standard_normal((600, 6)).astype(np.float16))
-    fields = {"quantizer": "vq_fusion", "categories": ("kind",)}
     small = VqFusionConfig(codebooks=(8,), stages=((4, 3),), epochs=4.0, hidden=(16,))
-    first = quantize(dataclasses.replace(config, vq_fusion=small, report=True, **fields))  # type: ignore[arg-type]
+    fields = {"quantizer": small, "categories": ("kind",)}
+    first = quantize(dataclasses.replace(config, report=True, **fields))  # type: ignore[arg-type]
     assert first.catalog.spec.cardinalities == (8, 3, 3, 3, 3)
     quality = json.loads((Path(config.output) / "quality.json").read_text())
     assert set(quality["sources"]) == {"content", "image", "kind"}
@@ -143,9 +151,9 @@ def test_several_sources_become_one_sid_and_new_items_need_not_have_all(
     assert quality["sources"]["content"]["fvu"] < 0.6
     assert "What the SID keeps of each source" in first.report.read_text()
     assert first.quantizer.sources["kind"].width == 6  # type: ignore[attr-defined]
-    split = changed(config, vq_fusion=small, separator=", ", **fields)
+    split = changed(config, separator=", ", **fields)
     assert split.quantizer.sources["kind"].width == 7, "six topics, and 'other'"  # type: ignore[attr-defined]
-    one = changed(config, vq_fusion=small, sources=("content",), quantizer="vq_fusion", overwrite=True)
+    one = changed(config, sources=("content",), quantizer=small, overwrite=True)
     assert set(one.quantizer.sources) == {"content"}  # type: ignore[attr-defined]
     # New items have no image, and one has a category that the fit has not seen.
     write_items(tmp_path / "more", 10 * np.arange(50) + 1, seed=1)
@@ -234,8 +242,8 @@ def test_bad_input_is_refused_before_anything_is_written(config: QuantizeConfig,
 
 def test_an_existing_catalog_is_safe(config: QuantizeConfig, tmp_path: Path) -> None:
     first = quantize(config)
-    with pytest.raises(SidError, match="holds a catalog already"):
-        quantize(config)
+    with pytest.raises(SidError, match="holds a catalog already, of another recipe"):
+        quantize(dataclasses.replace(config, seed=3))
     assert SidCatalog.open(Path(config.output) / "catalog").fingerprint == first.catalog.fingerprint
     again = quantize(dataclasses.replace(config, overwrite=True, seed=3))
     assert again.catalog.fingerprint != first.catalog.fingerprint
@@ -273,5 +281,115 @@ def test_the_command_line(config: QuantizeConfig, capsys: pytest.CaptureFixture[
     main(command)
     out = capsys.readouterr().out
     assert "healthy" in out and "report.html" in out.replace("\n", "")
+    main(command)  # it finds all done
     with pytest.raises(SystemExit, match="holds a catalog already"):
-        main(command)
+        main([*command, "--seed", "1"])
+
+
+# ---- from events
+
+
+def shop(path: Path) -> PreparedLog:
+    """A synthetic log, prepared beside itself."""
+    write_synthetic(path, SyntheticConfig(items=300, users=100, events=3000, topics=6, subtopics=2, dim=16))
+    return prepare(path, path.with_name("prepared"), PrepareConfig())
+
+
+@pytest.mark.parametrize("quantizer", [KMEANS, VqFusionConfig(codebooks=(8,), stages=((3, 3),), epochs=1)])
+def test_a_folder_with_events_is_learned_from_as_the_comparisons_do(
+    quantizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = shop(tmp_path / "log")
+    config = QuantizeConfig(str(tmp_path / "log"), str(tmp_path / "out"), quantizer, report=False)
+    learned = quantize(config)
+    compared = learn_sids(SidRecipe(quantizer), tmp_path / "log", log, tmp_path / "compared")
+    assert learned.catalog.fingerprint == compared.fingerprint
+    assert learned.quantizer.fingerprint == SidCatalog.open(compared.catalog).quantizer_fingerprint
+    figures = json.loads((tmp_path / "out" / "quality.json").read_text())
+    impressed = int((np.array(log.item_train_events) > 0).sum())
+    assert figures["fitted_on"]["items"] == impressed < 300
+    assert "training events" in figures["fitted_on"]["how"]
+    # Errors are those of items that had no event yet; without events, a share of the items is learned from.
+    assert figures["held_out"] == 300 - impressed
+    plain = changed(config, events=False, pieces=24)
+    trained = SidPieces.load(tmp_path / "changed" / "pieces.safetensors")
+    assert trained.spec == plain.catalog.spec
+    assert plain.catalog.fingerprint != learned.catalog.fingerprint
+    assert json.loads((tmp_path / "changed" / "quality.json").read_text())["fitted_on"]["how"] == (
+        "a random 90% of the items"
+    )
+
+
+def test_what_was_learned_is_learned_again_when_its_content_changed(tmp_path: Path) -> None:
+    log = shop(tmp_path / "log")
+    recipe = SidRecipe(KMEANS)
+
+    def learn() -> str:
+        return learn_sids(recipe, tmp_path / "log", log, tmp_path / "sids").fingerprint
+
+    first = learn()
+    written = (tmp_path / "sids" / "quantizer.safetensors").stat().st_mtime_ns
+    file = next((tmp_path / "log").glob("item_emb*.npy"))
+    os.utime(file)  # another time, the same bytes
+    assert learn() == first
+    assert (tmp_path / "sids" / "quantizer.safetensors").stat().st_mtime_ns == written
+    np.save(file, np.load(file)[::-1])
+    second = learn()
+    assert second != first
+    # A run that was cut off half-way leaves no stamp, so that nothing of it is believed.
+    other = learn_sids(SidRecipe(ResidualKMeansConfig((4, 4))), tmp_path / "log", log, tmp_path / "other")
+    shutil.copytree(other.catalog, tmp_path / "sids" / "catalog", dirs_exist_ok=True)
+    assert learn() == second, "a catalog of another quantizer is not believed"
+
+
+def test_a_quantizer_of_a_plugin_is_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    write_items(tmp_path / "data", np.arange(200))
+    plugin = tmp_path / "coin.py"
+    source = PLUGIN.replace("random_signs", "coin").replace("RandomSigns", "Coin")
+    plugin.write_text(source)
+    command = ["--plugin", str(plugin), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "o")]
+    main([*command, "--quantizer", "coin", "--coin.bits", "4", "--report", "false"])
+    assert "catalog: 200 items" in capsys.readouterr().out
+    assert SidCatalog.open(tmp_path / "o" / "catalog").spec.cardinalities == (2,) * 4
+    assert load_quantizer(tmp_path / "o" / "quantizer.safetensors").kind == "coin"
+    with pytest.raises(SystemExit):
+        main([*command, "--quantizer", "dice"])
+    assert "coin" in capsys.readouterr().err, "the choices name it"
+
+
+# ---- items without content
+
+
+def test_items_without_content_are_counted_and_a_fusion_takes_the_union(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    write_items(data, np.arange(100))
+    x = np.load(data / "item_emb.npy")
+    (data / "item_emb.npy").unlink()
+    # Text for items 0..69, an image for 50..89, nothing for the last ten.
+    for name, rows in (("text", np.arange(70)), ("image", np.arange(50, 90))):
+        np.save(data / f"item_emb_{name}.npy", x[rows])
+        pq.write_table(pa.table({"item_id": rows}), data / f"item_emb_{name}_rows.parquet")
+    base = ["--data", str(data), "--report", "false"]
+    main([*base, "--output", str(tmp_path / "one"), "--source", "text"])
+    out = capsys.readouterr().out
+    assert "items without a SID: 30" in out and "catalog: 70 items" in out
+    assert json.loads((tmp_path / "one" / "quality.json").read_text())["without_sid"] == {
+        "text": 30,
+        "any": 30,
+    }
+    small = VqFusionConfig(codebooks=(8,), stages=((3, 3),), epochs=1.0, hidden=(16,))
+    fused = quantize(QuantizeConfig(str(data), str(tmp_path / "two"), small, report=False))
+    assert fused.missing == {"image": 60, "text": 30, "any": 10}
+    assert torch.equal(fused.catalog.item_ids(), torch.arange(90))
+    figures = json.loads((tmp_path / "two" / "quality.json").read_text())
+    assert figures["without_sid"] == fused.missing and figures["catalog_items"] == 90
+    # A category is a source as well: every item has one.
+    both = changed(
+        QuantizeConfig(str(data), str(tmp_path / "x"), small, report=False), categories=("kind",)
+    )
+    assert both.missing["any"] == 0 and len(both.catalog) == 100

@@ -84,6 +84,7 @@ class LogFolder:
         source: str | None = None,
         missing_embedding: MissingEmbedding | None = None,
         events: bool = True,
+        whole: bool = False,
     ) -> LogFolder:
         """Open a folder and check that its files fit together (cheap; see :meth:`validate` for the rest).
 
@@ -96,6 +97,7 @@ class LogFolder:
                 ``"drop"`` where an ``item_emb_rows.parquet`` declares which items have one, else
                 ``"error"``.
             events: whether there must be an events.parquet; quantizers need none.
+            whole: keep items without an embedding in the default source too.
 
         Raises:
             SidError: a missing column, a wrong type, a duplicate item id, a row count mismatch.
@@ -116,7 +118,7 @@ class LogFolder:
             )
         index = ItemIndex(ids)
         orders = {f.name: _order_of(f, ids, index) for f in files}
-        has = orders[name] >= 0
+        has = (orders[name] >= 0) | whole
         rows = np.flatnonzero(has)
         sources = {f.name: _source(f, orders[f.name][rows]) for f in files}
         declared = next(f.declared for f in files if f.name == name)

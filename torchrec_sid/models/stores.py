@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from torchrec_sid.quantizers import load_quantizer
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables import SidPieces
+
+logger = logging.getLogger(__name__)
 
 RAW_ID_BYTES = 8
 """A raw id travels and rests as one int64."""
@@ -128,11 +131,12 @@ class SidStore(ItemStore):
     def open(cls, source: ItemSource) -> SidStore:
         """Look the log's items up in ``catalog``; load ``pieces`` where a channel needs them."""
         catalog = SidCatalog.open(source.path("catalog"))
+        _known(catalog, source)
         pieces = SidPieces.load(source.path("pieces")) if "pieces" in source.requires else None
         return cls(
             catalog.spec,
             pieces,
-            values={"sid": catalog.lookup(source.item_ids)},
+            values={"sid": catalog.lookup(source.item_ids, unknown=UNKNOWN_SID)},
             catalogs={"catalog": catalog},
             marks={} if pieces is None else {"pieces": pieces.fingerprint},
         )
@@ -175,7 +179,9 @@ class SideStore(ItemStore):
                 f"{source.path('side_quantizer')} did not make {source.path('side_catalog')}",
                 "Pass the quantizer that the catalog was written with.",
             )
-        packed = catalog.packed_bytes(source.item_ids)
+        known = _known(catalog, source)
+        packed = _middle(catalog.spec).repeat(len(known), 1)
+        packed[known] = catalog.packed_bytes(source.item_ids[known])
         return cls(
             FrozenBasis.from_quantizer(quantizer),
             values={"bytes": packed},
@@ -189,8 +195,7 @@ class SideStore(ItemStore):
 
     def unknown(self) -> Mapping[str, Tensor]:
         """The middle code of every level."""
-        spec = self.basis.spec
-        return {"bytes": spec.pack_bytes(torch.tensor([[k // 2 for k in spec.cardinalities]]))[0]}
+        return {"bytes": _middle(self.basis.spec)[0]}
 
 
 @dataclass(frozen=True)
@@ -213,3 +218,22 @@ class ContentStore(ItemStore):
     def bytes_per_event(self) -> int:
         """Of the embedding in bfloat16."""
         return 2 * self.content.shape[1]
+
+
+def _known(catalog: SidCatalog, source: ItemSource) -> Tensor:
+    """``[N]`` bool: which of the log's items have a SID; says so where some have none."""
+    known = catalog.contains(source.item_ids)
+    missing = len(known) - int(known.sum())
+    if missing:
+        logger.warning(
+            "%d of %d items of the log have no SID in %s: they are unknown items to the model",
+            missing,
+            len(known),
+            catalog.path,
+        )
+    return known
+
+
+def _middle(spec: SidSpec) -> Tensor:
+    """The middle code of every level, ``[1, nbytes]`` uint8."""
+    return spec.pack_bytes(torch.tensor([[k // 2 for k in spec.cardinalities]]))

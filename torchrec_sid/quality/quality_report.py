@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from torchrec_sid.artifact.typed import read_typed
 from torchrec_sid.spec import SidSpec
 
 VerdictName = Literal["healthy", "collapsed", "nearly unique", "too coarse"]
@@ -80,6 +82,11 @@ class QualityReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QualityReport:
+        """Back from :meth:`to_dict`; other values beside them are left out."""
+        return read_typed(cls, {f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 def judge(
