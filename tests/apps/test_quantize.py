@@ -23,6 +23,7 @@ from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.learn import SidRecipe, learn_sids
 from torchrec_sid.quantizers import (
+    QUANTIZERS,
     DiscretePcaConfig,
     ResidualKMeansConfig,
     RqVaeConfig,
@@ -346,6 +347,7 @@ def test_a_quantizer_of_a_plugin_is_an_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(QUANTIZERS, "_parts", dict(QUANTIZERS._parts))
     write_items(tmp_path / "data", np.arange(200))
     plugin = tmp_path / "coin.py"
     source = PLUGIN.replace("random_signs", "coin").replace("RandomSigns", "Coin")

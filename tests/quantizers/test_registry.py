@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchrec_sid import plugins
 from torchrec_sid.artifact import save_artifact
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.plugins import load_plugins
@@ -77,7 +78,11 @@ def test_every_kind_is_known_by_its_name_and_its_configuration() -> None:
         QUANTIZERS["rqvae"]
 
 
-def test_a_quantizer_from_a_plugin_is_like_one_of_ours(tmp_path: Path) -> None:
+def test_a_quantizer_from_a_plugin_is_like_one_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(QUANTIZERS, "_parts", dict(QUANTIZERS._parts))
     file = tmp_path / "signs.py"
     file.write_text(PLUGIN)
     load_plugins(file)
