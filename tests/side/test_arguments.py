@@ -1,5 +1,6 @@
 """Operators given hostile arguments end in a named error or the right answer, forward and backward."""
 
+import os
 from typing import Any
 
 import pytest
@@ -137,7 +138,12 @@ def same_or_refused(run: Any, arguments: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=int(os.environ.get("HOSTILE_CASES", "150")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 def test_hostile_attention_arguments(backward: bool, data: st.DataObject) -> None:
     arguments = attention_arguments()
     names = [*FORWARD.split(), *(UPSTREAM.split() if backward else ())]
@@ -148,7 +154,12 @@ def test_hostile_attention_arguments(backward: bool, data: st.DataObject) -> Non
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=int(os.environ.get("HOSTILE_CASES", "150")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 def test_hostile_similarity_arguments(data: st.DataObject) -> None:
     arguments = similarity_arguments()
     for name in data.draw(

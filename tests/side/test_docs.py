@@ -16,5 +16,7 @@ def test_examples_run(page: str) -> None:
         exec(compile(block, page, "exec"), names)
         if "features" in names:
             assert names["features"].shape == (2, len(names["similarity"].names))  # type: ignore[attr-defined]
+        elif "requests" in names:
+            assert names["requests"].shape == (4, 32)  # type: ignore[attr-defined]
         else:
             assert names["out"].shape == (2, 5, 32)  # type: ignore[attr-defined]

@@ -5,7 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.side.attention_cases import make_case
 from tests.side.request_cases import LAYOUTS, RequestCase
+from torchrec_sid import SidError
+from torchrec_sid.side import EventTermsConfig, SimilarityFeatures
 from torchrec_sid.side.kernels import attention_cpu, attention_torch
 from torchrec_sid.side.kernels.attention_problem import checked_problem
 
@@ -54,6 +57,34 @@ def test_one_request_of_many_candidates(backend: str, spread: float) -> None:
 def test_a_long_history_is_cut_into_parts(backend: str, counts: tuple[int, ...]) -> None:
     RequestCase(LAYOUTS["trits"], (9_000,), counts, limits=True).check(backend)
     RequestCase(LAYOUTS["trits"], (9_000,), counts, heads=1, activation="sigmoid").check(backend)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "sigmoid_mean"])
+def test_modules_answer_requests_as_row_by_row(activation: str) -> None:
+    """A candidate with its counts and limit equals one with a history of its own, gradients too."""
+    terms = EventTermsConfig(num_actions=3, age_buckets=4)
+    case = make_case(lengths=(60, 0, 40), terms=terms, activation=activation)
+    similarity = SimilarityFeatures(case.basis)
+    counts, limits = torch.tensor([14, 1, 3]), torch.tensor([*range(47, 61), 0, 0, 40, 13])
+    candidates = torch.randn(18, 10, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    data, labels = case.basis.spec.pack_bytes(case.codes), torch.arange(100.0) % 3 - 1
+    wanted = data[torch.arange(18) * 5]
+    out = case.attention(candidates, data, case.lengths, **case.extra, counts=counts, limits=limits)
+    pooled = similarity(wanted, data, case.lengths, labels, counts=counts, limits=limits)
+    first = torch.repeat_interleave(torch.tensor([0, 60, 60]), counts).tolist()
+    index = torch.cat([torch.arange(b, b + n) for b, n in zip(first, limits.tolist(), strict=True)])
+    extra = {name: values[index] for name, values in case.extra.items()}
+    rows = case.attention(candidates.unsqueeze(1), data[index], limits, **extra).squeeze(1)
+    torch.testing.assert_close(out, rows, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(o.square().sum(), candidates)[0] for o in (out, rows)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5 * float(grads[1].abs().max()))
+    expected = similarity(wanted, data[index], limits, labels[index])
+    torch.testing.assert_close(pooled, expected, rtol=2e-5, atol=2e-5)
+    with pytest.raises(SidError, match="limits: given without counts"):
+        case.attention(candidates.unsqueeze(1), data, limits, **case.extra, limits=limits)
+    newest = make_case(lengths=(3,), terms=EventTermsConfig(position_buckets=3))
+    with pytest.raises(SidError, match="count from the newest event"):
+        newest.run(torch.zeros(1, 10), counts=torch.tensor([1]), limits=torch.tensor([2]))
 
 
 def test_sums_that_underflow_take_the_running_softmax() -> None:

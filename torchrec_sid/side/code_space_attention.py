@@ -157,11 +157,13 @@ class CodeSpaceAttention(nn.Module):
         ages: Tensor | None = None,
         bias: Tensor | None = None,
         mask: Tensor | None = None,
+        counts: Tensor | None = None,
+        limits: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
-            candidates: ``[B, m, query_dim]`` float.
+            candidates: ``[B, m, query_dim]`` float; with ``counts`` ``[C, query_dim]``, user after user.
             history_bytes: ``[E, nbytes]`` uint8, ``spec.pack_bytes`` of the events, user after user, each
                 user's oldest first.
             lengths: ``[B]`` integers that sum to E.
@@ -170,15 +172,21 @@ class CodeSpaceAttention(nn.Module):
                 ``terms.age_boundaries`` or ``terms.age_buckets`` is set.
             bias: ``[E]`` or ``[E, heads]`` float, added to the scores.
             mask: ``[E]`` bool, False where an event is to be ignored.
+            counts: ``[B]`` integers, candidates of each user; they sum to C.
+            limits: with ``counts``, ``[C]`` integers: a candidate sees that many events of its user, from
+                the oldest. So impressions of different moments share one history.
 
         Returns:
-            ``[B, m, output_dim]`` in the type of ``candidates``. All arithmetic is in float32, autocast or
-            not, so that half precision can neither overflow nor round a score.
+            ``[B, m, output_dim]`` or ``[C, output_dim]``, in the type of ``candidates``. All arithmetic is
+            in float32, autocast or not, so that half precision can neither overflow nor round a score.
 
         Raises:
             SidError: shapes, codes outside the alphabet, lengths that do not sum.
         """
-        self._check(candidates, history_bytes, lengths)
+        self._check(candidates, history_bytes, lengths, counts, limits)
+        jagged = counts is not None
+        if jagged:  # as if all were candidates of one user, but for the operator
+            candidates = candidates.unsqueeze(0)
         kind = candidates.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             events = self._events(history_bytes, lengths, actions, ages)
@@ -187,9 +195,10 @@ class CodeSpaceAttention(nn.Module):
             if self.terms.embedding is not None:
                 rows = torch.cat([rows, self.terms.embedding.float()])
             query, offset = self._absorb(candidates, rows)
-            flat = query.flatten(1, 2)
+            if jagged and offset is not None:
+                offset = offset.squeeze(0)
             z, total, _ = code_attention(
-                flat,
+                query.flatten(0, 2) if jagged else query.flatten(1, 2),
                 events,
                 lengths,
                 offset,
@@ -199,16 +208,20 @@ class CodeSpaceAttention(nn.Module):
                 "softmax" if self.config.activation == "softmax" else "sigmoid",
                 self.config.backend,
                 self.config.validate,
+                counts,
+                limits,
             )
             # How much of the part that all events share (mean, value bias) the output gets.
             weight = (total > 0).to(z.dtype) if self.config.activation == "softmax" else total
             if self.config.activation == "sigmoid_mean":
-                count = lengths.clamp_min(1).to(z.dtype).unsqueeze(1)
-                z, weight = z / count.unsqueeze(2), weight / count
-            shape = query.shape[:3]
-            return self._decode(z.unflatten(1, shape[1:]), weight.unflatten(1, shape[1:]), rows).to(
-                candidates.dtype
-            )
+                seen = lengths if counts is None else torch.repeat_interleave(lengths, counts)
+                seen = seen if limits is None else limits
+                if jagged:
+                    seen = seen.repeat_interleave(self.config.num_heads)
+                count = seen.clamp_min(1).to(z.dtype).view(-1, *((1,) * (weight.dim() - 1)))
+                z, weight = z / count.unsqueeze(-1), weight / count
+            out = self._decode(z.reshape(query.shape), weight.reshape(query.shape[:3]), rows)
+            return (out.squeeze(0) if jagged else out).to(candidates.dtype)
 
     def _absorb(self, candidates: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries in feature space ``[B, m, heads, F]``, and the part of the score all events share."""
@@ -274,10 +287,28 @@ class CodeSpaceAttention(nn.Module):
             total = hidden if total is None else total + hidden
         return total
 
-    def _check(self, candidates: Tensor, history_bytes: Tensor, lengths: Tensor) -> None:
-        if candidates.dim() != 3 or candidates.shape[2] != self.config.query_dim:
+    def _check(
+        self,
+        candidates: Tensor,
+        history_bytes: Tensor,
+        lengths: Tensor,
+        counts: Tensor | None,
+        limits: Tensor | None,
+    ) -> None:
+        wanted = ("B", "m") if counts is None else ("C",)
+        if candidates.dim() != len(wanted) + 1 or candidates.shape[-1] != self.config.query_dim:
             raise SidError(
-                "candidates", f"shape {tuple(candidates.shape)}", f"Pass [B, m, {self.config.query_dim}]."
+                "candidates",
+                f"shape {tuple(candidates.shape)}",
+                f"Pass [{', '.join(wanted)}, {self.config.query_dim}].",
+            )
+        if limits is not None and counts is None:
+            raise SidError("limits", "given without counts", "Pass the number of candidates of each user.")
+        if limits is not None and (self.config.terms.position_buckets or self.config.terms.alibi):
+            raise SidError(
+                "limits",
+                "given to an attention whose terms count from the newest event of a history",
+                "Leave out position_buckets and alibi, or give each candidate a history of its own.",
             )
         if (
             history_bytes.dtype != torch.uint8
@@ -289,10 +320,11 @@ class CodeSpaceAttention(nn.Module):
                 f"{history_bytes.dtype} of shape {tuple(history_bytes.shape)}",
                 f"This SidSpec packs into [events, {self.spec.nbytes}] uint8 (spec.pack_bytes).",
             )
-        if lengths.dim() != 1 or lengths.shape[0] != candidates.shape[0]:
+        users = candidates.shape[0] if counts is None else counts.shape[0]
+        if lengths.dim() != 1 or lengths.shape[0] != users:
             raise SidError(
                 "lengths",
-                f"shape {tuple(lengths.shape)} for {candidates.shape[0]} users",
+                f"shape {tuple(lengths.shape)} for {users} users",
                 "Pass one length per user.",
             )
         if not (torch.compiler.is_compiling() or lengths.is_cuda or lengths.is_meta):

@@ -70,7 +70,7 @@ class SimilarityConfig:
 
 
 class SimilarityFeatures(nn.Module):
-    """Candidates against histories of packed SIDs -> ``[B, len(names)]`` float32, without gradient.
+    """Candidates against histories of packed SIDs -> ``[B, len(names)]`` float32, no gradient.
 
     Args:
         basis: the frozen decoder of the SIDs.
@@ -118,31 +118,42 @@ class SimilarityFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, candidate_bytes: Tensor, history_bytes: Tensor, lengths: Tensor, labels: Tensor | None = None
+        self,
+        candidate_bytes: Tensor,
+        history_bytes: Tensor,
+        lengths: Tensor,
+        labels: Tensor | None = None,
+        counts: Tensor | None = None,
+        limits: Tensor | None = None,
     ) -> Tensor:
         """Compute the features.
 
         Args:
-            candidate_bytes: ``[B, nbytes]`` uint8, or ``[B, m, nbytes]`` for m candidates per user.
+            candidate_bytes: ``[B, nbytes]`` uint8, or ``[B, m, nbytes]`` for m candidates per user, or with
+                ``counts`` ``[C, nbytes]``, user after user.
             history_bytes: ``[E, nbytes]`` uint8, user after user.
             lengths: ``[B]`` integers that sum to E.
             labels: ``[E]`` numbers, where ``config.labels`` is set: positive liked, negative disliked, zero
                 neither, at best within -1 .. 1 (a click log of 0 and 1 passes ``2 * label - 1``).
+            counts: ``[B]`` integers, candidates of each user; they sum to C.
+            limits: with ``counts``, ``[C]`` integers: a candidate sees that many events of its user, from
+                the oldest.
 
         Returns:
-            ``[B, n]`` or ``[B, m, n]`` float32.
+            ``[B, n]``, ``[B, m, n]`` or ``[C, n]`` float32.
 
         Raises:
             SidError: shapes, codes outside the alphabet (on a GPU they give NaN), lengths that do not sum,
                 labels missing.
         """
-        self._check(candidate_bytes, history_bytes, lengths, labels)
-        single = candidate_bytes.dim() == 2
+        self._check(candidate_bytes, history_bytes, lengths, labels, counts, limits)
+        single = candidate_bytes.dim() == 2 and counts is None
         events = event_columns(self.spec, history_bytes)
         flat = event_columns(self.spec, candidate_bytes.flatten(0, -2))
-        shape = (candidate_bytes.shape[0], 1 if single else candidate_bytes.shape[1])
+        if counts is None:
+            flat = flat.unflatten(0, (candidate_bytes.shape[0], 1 if single else candidate_bytes.shape[1]))
         features = similarity_features(
-            flat.unflatten(0, shape),
+            flat,
             events,
             lengths,
             labels.float() if labels is not None else None,
@@ -154,21 +165,35 @@ class SimilarityFeatures(nn.Module):
             self.config.agreement_bins,
             self.config.agreement == "prefix",
             self.backend,
+            counts,
+            limits,
         )
         return features.squeeze(1) if single else features
 
-    def _check(self, candidates: Tensor, history: Tensor, lengths: Tensor, labels: Tensor | None) -> None:
-        for name, data, dims in (("candidate_bytes", candidates, (2, 3)), ("history_bytes", history, (2,))):
+    def _check(
+        self,
+        candidates: Tensor,
+        history: Tensor,
+        lengths: Tensor,
+        labels: Tensor | None,
+        counts: Tensor | None,
+        limits: Tensor | None,
+    ) -> None:
+        if limits is not None and counts is None:
+            raise SidError("limits", "given without counts", "Pass the number of candidates of each user.")
+        axes = (2, 3) if counts is None else (2,)
+        for name, data, dims in (("candidate_bytes", candidates, axes), ("history_bytes", history, (2,))):
             if data.dtype != torch.uint8 or data.dim() not in dims or data.shape[-1] != self.spec.nbytes:
                 raise SidError(
                     name,
                     f"{data.dtype} of shape {tuple(data.shape)}",
                     f"Pass [..., {self.spec.nbytes}] uint8, as this SidSpec packs (spec.pack_bytes).",
                 )
-        if lengths.dim() != 1 or lengths.shape[0] != candidates.shape[0]:
+        users = candidates.shape[0] if counts is None else counts.shape[0]
+        if lengths.dim() != 1 or lengths.shape[0] != users:
             raise SidError(
                 "lengths",
-                f"shape {tuple(lengths.shape)} for {candidates.shape[0]} users",
+                f"shape {tuple(lengths.shape)} for {users} users",
                 "Pass one per user.",
             )
         if self.config.labels != (labels is not None):
