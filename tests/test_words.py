@@ -87,6 +87,8 @@ def _named_wrongly(text: str) -> list[str]:
         r"torchrec-sid ([a-z]\w*)((?:\s+--[\w.-]*\w(?:\s+[^-\s]\S*)?)+)", text
     ):
         options = _options(dict(commands()).get(command, "apps.cli"))
+        if "--plugin" in given:
+            continue  # what a plugin adds has options of its own
         for option in re.findall(r"--([\w.-]*\w)", given):
             if options is not None and option.replace("-", "_") not in {*options, "config", "help"}:
                 wrong.append(f"torchrec-sid {command} --{option}")
@@ -127,7 +129,7 @@ _CALL = re.compile(r"(?:torchrec-sid |-m (?:torchrec_sid\.)?apps\.)((?:bench\.)?
 def _check_call(line: str) -> str | None:
     """Why a command line would be refused; None where it is one of ours and parses, or is not ours."""
     found = _CALL.search(line)
-    if found is None or "..." in line or "[--" in line:
+    if found is None or "..." in line or "[--" in line or "--plugin" in line:
         return None
     name = f"apps.{found[1]}" if found[1].startswith("bench.") else found[1]
     try:

@@ -288,7 +288,7 @@ class Arm:
         return [channel.embed(inputs) for channel in ordered]
 
 
-ARMS = ("none", "random_hash", "full_id", "dense", "hashed_prefix", "full_id+side")
+ARMS = ("full_id", "full_id+side", "dense", "hashed_prefix", "random_hash", "none")
 """The arms that a comparison has by default."""
 
 
