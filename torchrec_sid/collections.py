@@ -5,8 +5,7 @@ them at any depth, so that a model with one of these shards, pipelines, checkpoi
 the model it was made from.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects here: torch.fx writes those of a traced forward into its code.
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -38,6 +37,8 @@ Collections that are given the same :class:`~torchrec_sid.tables.catalog_map.Cat
 
 class SidCollection(nn.Module):
     """What both collections know of themselves: configurations, catalogs, and what is read of tables."""
+
+    __jit_unused_properties__ = ("stock", "device", "input_features", "embedding_bags", "embeddings")
 
     def _lay_out(
         self,
@@ -166,18 +167,23 @@ class SidEmbeddingBagCollection(SidCollection, EmbeddingBagCollectionInterface):
         kinds = (SidEmbeddingBagConfig, EmbeddingBagConfig)
         layout = self._lay_out(tables, kinds, catalog, device, output_order, aliases)
         self._weighted = is_weighted
-        self.transform = BagTransform(layout.routes, layout.specs, layout.maps, is_weighted)
+        # Without a table of SIDs it is the stock collection, of which no batch is asked more.
+        stock = not layout.specs and output_order is None
+        own = BagTransform(layout.routes, layout.specs, layout.maps, is_weighted)
+        self.transform = None if stock else own
         self.ebc = (
-            EmbeddingBagCollection(layout.tables, is_weighted=is_weighted, device=device)
+            EmbeddingBagCollection(
+                layout.public if stock else layout.tables, is_weighted=is_weighted, device=device
+            )
             if layout.tables or not tables
             else None
         )
         combine = CombineBags(layout.outputs, layout.vectors, is_weighted)
-        self.combine = None if layout.direct else combine
+        self.combine = None if stock or layout.direct else combine
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT of SIDs and ids -> KeyedTensor ``[B, sum of D]``, keys as the stock collection names them."""
-        rows = self.transform(features)
+        rows = features if self.transform is None else self.transform(features)
         pooled = self.ebc(rows) if self.ebc is not None else None
         return pooled if self.combine is None else self.combine(pooled, rows, features)
 
@@ -248,10 +254,12 @@ class SidEmbeddingCollection(SidCollection, EmbeddingCollectionInterface):
         _check_events(layout, need_indices)
         self._names_by_table = get_embedding_names_by_table(layout.public)
         self._need_indices = need_indices
-        self.transform = EventTransform(layout.routes, layout.specs, layout.maps, groups)
+        stock = not layout.specs and output_order is None
+        own = EventTransform(layout.routes, layout.specs, layout.maps, groups)
+        self.transform = None if stock else own
         self.ec = (
             EmbeddingCollection(
-                layout.tables,
+                layout.public if stock else layout.tables,
                 device=device,
                 need_indices=need_indices,
                 use_gather_select=use_gather_select,
@@ -266,10 +274,13 @@ class SidEmbeddingCollection(SidCollection, EmbeddingCollectionInterface):
         self._single = bool(layout.tables or layout.vectors or not tables)
         self._gather = (use_gather_select, use_gather_select_per_sharding)
         combine = CombineEvents(layout.outputs, layout.vectors, groups, need_indices)
-        self.combine = None if layout.direct and all(out.is_row for out in layout.outputs) else combine
+        direct = layout.direct and all(out.is_row for out in layout.outputs)
+        self.combine = None if stock or direct else combine
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """KJT of SIDs and ids -> feature -> JaggedTensor ``[events, D]`` with the lengths of the input."""
+        if self.transform is None:
+            return self.ec(features)  # type: ignore[misc]
         rows = self.transform(features)
         looked_up = self.ec(rows[0]) if self.ec is not None and self._single else None
         first = 1 if self._single else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
@@ -35,6 +35,7 @@ from torchrec_sid.replace_report import CollectionChange, ReplacementReport, Tab
 from torchrec_sid.replace_start import require_weights, start_from_ids
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables.catalog_map import Catalog, CatalogMap
+from torchrec_sid.tables.configs import SidTableConfig
 
 _STOCK = (EmbeddingBagCollection, EmbeddingCollection)
 
@@ -207,7 +208,8 @@ def _check_kind(where: str, module: nn.Module, features: FeatureSchemes) -> None
             where, f"a {name}: the model is quantized", "Replace and train first, then quantize."
         )
     if isinstance(module, SidCollection):
-        replaced = sorted(set(cast(Any, module.transform).sid_features) & set(features))
+        ours = [c for c in module.tables if isinstance(c, SidTableConfig)]
+        replaced = sorted({name for c in ours for name in c.feature_names or ()} & set(features))
         if replaced:
             raise SidError(f"feature {replaced[0]!r}", f"{where} already embeds its SIDs", "Leave it out.")
         return

@@ -151,7 +151,8 @@ def fill(built: Rebuilt) -> None:
             # What the tables are made of now, not what they were once configured as.
             configs[name].data_type = _data_type(_weight(tables[name]).dtype, configs[name].data_type)
         stock._device = like.device
-    new.transform.to("cpu" if like.is_meta else like.device)
+    if new.transform is not None:
+        new.transform.to("cpu" if like.is_meta else like.device)
     if new.combine is not None:
         _keep_vectors(old, new.combine, like)
     new.train(old.training)
