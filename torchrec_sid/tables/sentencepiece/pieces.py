@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchrec_sid.artifact import fingerprint, load_artifact, save_artifact
-from torchrec_sid.errors import SidError
+from torchrec_sid.artifact.typed import MismatchError, read_typed
+from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.spec import SidSpec
 
 KIND = "sid_pieces"
@@ -113,12 +114,19 @@ class SidPieces:
         """Read a vocabulary back.
 
         Raises:
-            ArtifactError: missing, truncated, altered, or another kind of artefact.
+            ArtifactError: missing, truncated, altered, another kind of artefact, or pieces that are no runs
+                of its codes.
         """
         artifact = load_artifact(path, kind=KIND, version=_VERSION)
-        spec = SidSpec(tuple(artifact.config["cardinalities"]))
-        config = PieceTrainerConfig(**artifact.config["trainer"])
-        return cls(spec, config, pieces_per_item=artifact.config["pieces_per_item"], **artifact.tensors)
+        try:
+            saved = read_typed(_Saved, artifact.config)
+            spec = SidSpec(saved.cardinalities)
+            wrong = _contradiction(spec, artifact.tensors)
+        except (MismatchError, SidError) as error:
+            wrong = str(error)
+        if wrong is not None:
+            raise ArtifactError(str(path), f"is damaged ({wrong})", "Train the pieces again.")
+        return cls(spec, saved.trainer, pieces_per_item=saved.pieces_per_item, **artifact.tensors)
 
     def processor(self) -> Any:
         """The ``SentencePieceProcessor`` of the sentencepiece library; feed it :func:`to_sentences`."""
@@ -136,6 +144,34 @@ class SidPieces:
     def _tensors(self) -> dict[str, Tensor]:
         names = ("starts", "stops", "bits", "scores", "model_proto")
         return {name: getattr(self, name) for name in names}
+
+
+class _Saved(NamedTuple):
+    """The configuration in a file."""
+
+    cardinalities: tuple[int, ...]
+    trainer: PieceTrainerConfig
+    pieces_per_item: float
+
+
+def _contradiction(spec: SidSpec, tensors: dict[str, Tensor]) -> str | None:
+    """What in a file's tensors is no vocabulary over SIDs of ``spec``; None if all is."""
+    pieces = len(tensors["scores"]) if "scores" in tensors and tensors["scores"].dim() == 1 else -1
+    whole, real = torch.int64, torch.float32
+    kinds = {"starts": whole, "stops": whole, "bits": whole, "scores": real, "model_proto": torch.uint8}
+    if set(tensors) != set(kinds) or pieces < 1:
+        return f"holds {sorted(tensors)[:8]}"
+    for name, dtype in kinds.items():
+        fits = tensors[name].dim() == 1 and (name == "model_proto" or len(tensors[name]) == pieces)
+        if tensors[name].dtype != dtype or not fits:
+            return f"{name} is {tensors[name].dtype} of {tuple(tensors[name].shape)}"
+    starts, stops, bits = tensors["starts"], tensors["stops"], tensors["bits"]
+    ordered = (starts >= 0) & (stops <= spec.levels) & (stops > starts)
+    if int(starts[0]) != int(stops[0]) or not bool(ordered[1:].all()):
+        return "a piece does not start and stop within a SID"
+    widths = torch.tensor([0, *spec.level_bits]).cumsum(0)
+    inside = (bits >= 0) & (bits >> (widths[stops] - widths[starts]) == 0)
+    return None if bool(inside[1:].all()) else "a piece has more bits than its levels"
 
 
 def to_sentences(spec: SidSpec, codes: Tensor) -> list[str]:

@@ -1,0 +1,1 @@
+"""Fuzzers: change an artefact, compute every seal anew, open it. See :mod:`tests.fuzz.__main__`."""
