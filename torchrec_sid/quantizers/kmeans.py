@@ -187,10 +187,7 @@ def relocate(x: Tensor, centroids: Tensor, k: int) -> Relocation:
     error, direction = _principal_directions(x, codes, means)
     # Below this the spread of a cluster of equal points is rounding.
     error[error <= 1e-8 * float(x.square().sum()) / len(x) * count] = 0
-    pair = count.unsqueeze(1) * count / (count.unsqueeze(1) + count).clamp(min=1)
-    merger = torch.cdist(means, means).square_().mul_(pair).fill_diagonal_(torch.inf)
-    merger[:, count == 0] = torch.inf
-    cost, near = merger.min(1)
+    cost, near = _cheapest_mergers(means, count)
     cost[count == 0] = 0
     moves = _pair_moves((error * (2 / pi)).tolist(), cost.tolist(), near.tolist(), (count == 0).tolist())
     for source, split in moves:
@@ -200,6 +197,19 @@ def relocate(x: Tensor, centroids: Tensor, k: int) -> Relocation:
         means[split, : len(step)] -= step
         count[source] = 1
     return Relocation(means[count > 0], len(moves))
+
+
+def _cheapest_mergers(means: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Per cluster the least cost of dissolving it ``[K]``, and into which ``[K]``, some rows at a time."""
+    cost, near = torch.empty_like(count), torch.empty_like(count, dtype=torch.int64)
+    for begin in range(0, len(means), _CHUNK):
+        rows = slice(begin, begin + _CHUNK)
+        own = count[rows].unsqueeze(1)
+        merger = torch.cdist(means[rows], means).square_().mul_(own * count / (own + count).clamp(min=1))
+        merger.diagonal(begin).fill_(torch.inf)
+        merger[:, count == 0] = torch.inf
+        cost[rows], near[rows] = merger.min(1)
+    return cost, near
 
 
 def _principal_directions(x: Tensor, codes: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,6 +270,7 @@ def fit_centroids(
     Returns:
         ``[K', d]`` float32; ``K' < k`` where there are fewer different rows than ``k``.
     """
+    k = min(k, len(x))  # there are no more different rows
     spread, axes = torch.linalg.eigh(x.T @ x)
     energy, axes = spread.clamp(min=0).flip(0).cumsum(0), axes.flip(1)
     # Axes that hold the last hundredth of the energy are noise to the search; the result has them again.
