@@ -7,7 +7,7 @@ FOR_USERS := $(VENV)/.user
 FOR_DEVELOPERS := $(VENV)/.developer
 PINS := requirements-cpu.txt pyproject.toml setup.py packaging/fbgemm-gpu-cpu-shim/pyproject.toml
 
-.PHONY: setup demo paper lint test test-all check-docs docs dist clean
+.PHONY: setup demo paper lint test test-all check-docs docs dist serve-setup clean
 
 setup: $(FOR_DEVELOPERS)
 
@@ -47,7 +47,7 @@ PYTEST = $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 test: lint
 	$(PYTEST) -m "not slow"
 
-test-all: lint
+test-all: lint serve-setup
 	$(PYTEST)
 
 # The pages: links, anchors, commands, and every example that is run.
@@ -64,6 +64,15 @@ dist: $(FOR_USERS)
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist . ./packaging/fbgemm-gpu-cpu-shim
 	(echo "--find-links ."; sed -e '/^#/d' -e 's|^\./packaging.*|fbgemm-gpu==1.8.0+cpu.shim|' -e 's|^-e \.|torchrec-sid|' \
 		requirements-cpu.txt) > dist/requirements-cpu.txt
+
+# A server has an environment of its own (requirements-serve.txt); its tests bring a client.
+serve-setup: .venv-serve/.installed
+
+.venv-serve/.installed: requirements-serve.txt packaging/serving/pyproject.toml
+	test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip install --quiet -r requirements-serve.txt "tritonclient[all]"
+	.venv-serve/bin/python -m pip check
+	touch $@
 
 clean:
 	rm -rf out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

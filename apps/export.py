@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ from torchrec_sid.options import load_options
 from torchrec_sid.serving.exporter import ExportOptions, ExportReport, Program, export_model
 from torchrec_sid.serving.quantized import Precision
 from torchrec_sid.serving.request import Bags, Request
-from torchrec_sid.serving.served_model import ServedModel
+from torchrec_sid.serving.served_model import ServedItems, ServedModel
 from torchrec_sid.training.run import (
     batch_config,
     build_run,
@@ -82,10 +83,9 @@ class TrainedRun(NamedTuple):
     ranking: Ranking
     step: int
     identity: dict[str, str]
+    log: PreparedLog
     batches: BatchReader
     history_length: int
-    actions: int
-    """History actions of the log: values are 0..actions-1."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,6 +115,8 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
     histories = [name for name in requests[0].features if name.startswith("history")]
     example = requests[0].take(range(min(_EXAMPLE_ROWS, requests[0].rows)))
     identity = {"run": config.run, "step": trained.step, **trained.identity}
+    ids = torch.from_numpy(np.array(trained.log.item_ids))
+    items = ServedItems(ids, trained.ranking.item_values, trained.log.dense_names)
     reports = {
         precision: export_model(
             trained.model,
@@ -123,8 +125,9 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
             ExportOptions(precision, config.tolerance),
             max_lengths=dict.fromkeys(histories, trained.history_length),
             together=[histories] if histories else [],
-            ranges={name: (0, trained.actions - 1) for name in histories if name == "history_action"},
+            ranges={name: (0, trained.log.actions - 1) for name in histories if name == "history_action"},
             identity=identity,
+            items=items,
         )
         for precision in config.precisions
     }
@@ -167,7 +170,7 @@ def open_run(config: ExportConfig) -> TrainedRun:
         item_values=ranking.item_values,
     )
     model = ranking.module.model.eval()
-    return TrainedRun(model, ranking, info.step, identity, reader, train.model.history_length, log.actions)
+    return TrainedRun(model, ranking, info.step, identity, log, reader, train.model.history_length)
 
 
 def to_request(batch: RankingBatch) -> Request:

@@ -9,7 +9,7 @@ import torch
 
 from tests.data.logs import random_events, read_examples, write_log
 from tests.logs import small_log
-from torchrec_sid.data.batch import HISTORY_AGES
+from torchrec_sid.ages import HISTORY_AGES
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.statistics import action_values, mean_history, measure_log

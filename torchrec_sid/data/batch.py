@@ -17,10 +17,6 @@ LOG_FIELDS = ("item", "history", "history_action", "history_age")
 """Keys that a batch takes from the log alone. ``item_NAME`` and ``history_NAME`` are a further value of the
 candidate and of the events, from what the reader is given of every item."""
 
-HISTORY_AGES = 40
-"""Values of ``history_age``: 0 where the time is unknown, else 1 + floor(log2(seconds before the event)),
-at most 39."""
-
 
 @dataclass(frozen=True)
 class BatchConfig:

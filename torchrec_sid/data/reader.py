@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_sid.data.batch import HISTORY_AGES, LOG_FIELDS, BatchConfig, RankingBatch
+from torchrec_sid.ages import age_bucket
+from torchrec_sid.data.batch import LOG_FIELDS, BatchConfig, RankingBatch
 from torchrec_sid.data.blocks import BlockReader, Order
 from torchrec_sid.data.parquet import Array
-from torchrec_sid.data.partition import NO_TIME
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
 
@@ -227,14 +227,6 @@ def ranges(begin: Array, lengths: Array) -> Array:
     """All positions ``begin[i] .. begin[i] + lengths[i]`` in turn: two ``[B]`` int64 -> ``[sum]`` int64."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(begin - before, lengths) + np.arange(int(lengths.sum()))
-
-
-def age_bucket(now: Array, then: Array) -> Array:
-    """Times in seconds -> :data:`~torchrec_sid.data.batch.HISTORY_AGES` buckets, int64; 0 where unknown."""
-    known = then != NO_TIME
-    # frexp is exact where log2 may round up: 2**(e-1) <= age < 2**e.
-    exponent = np.frexp(np.where(known, now - np.where(known, then, 0), 0).astype(np.float64))[1]
-    return np.where(known, np.minimum(exponent, HISTORY_AGES - 1), 0).astype(np.int64)
 
 
 def _pad(values: Array, size: int, fill: int = 0) -> Array:

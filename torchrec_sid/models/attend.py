@@ -168,8 +168,11 @@ class SideChannel(ItemChannel):
 
     def forward(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> ChannelOutput:
         """``[B, 2 + pools + windows, D]``: the candidate first; ``[B, k]`` similarity features."""
-        # Code-space operators compute in float32.
-        with torch.autocast(self.action_values.device.type, enabled=False):
+        # Code-space operators compute in float32. In an exported graph a context would be in the way.
+        kind = self.action_values.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._forward(features, rows)
+        with torch.autocast(kind, enabled=False):
             return self._forward(features, rows)
 
     def _forward(self, features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> ChannelOutput:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrec_sid.ages import HISTORY_AGES
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.attend import EmbeddedChannel, EventsOnly, ItemChannel
 from torchrec_sid.models.channels import Arm, ChannelInputs, arm_named
@@ -16,7 +17,7 @@ from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain
 from torchrec_sid.models.embedder import SumOfEmbedders
 from torchrec_sid.models.encoder import EncoderConfig, HistoryEncoder
 from torchrec_sid.models.stores import IdStore, ItemStore
-from torchrec_sid.models.target_attention import AGES, HistoryConfig, TargetAttention
+from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class LogSizes(NamedTuple):
     """``[actions]`` how much an action speaks for an item, within -1 .. 1; None: 1 for all."""
     dense_statistics: Tensor | None = None
     """``[2, F]`` mean and standard deviation of the dense features; None: they are not standardised."""
-    ages: int = AGES
+    ages: int = HISTORY_AGES
     """Values of ``history_age``."""
 
 

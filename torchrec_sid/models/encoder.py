@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
+from torchrec_sid.ages import HISTORY_AGES
 from torchrec_sid.errors import SidError
-from torchrec_sid.models.target_attention import AGES
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EncoderConfig:
     """Hidden width of each layer's MLP."""
     actions: int = 8
     """Number of distinct actions an event may carry."""
-    ages: int = AGES
+    ages: int = HISTORY_AGES
     """Number of log2-seconds buckets of an event's age."""
     max_length: int = 64
     """Events per user that the batch holds at most."""

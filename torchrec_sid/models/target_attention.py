@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_sid.ages import HISTORY_AGES
 from torchrec_sid.errors import SidError
-
-AGES = 40
-"""Values of ``history_age``, unless a log says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class HistoryConfig:
     """Attention heads."""
     actions: int = 8
     """Number of distinct actions (labels, ratings) an event may carry."""
-    ages: int = AGES
+    ages: int = HISTORY_AGES
     """Number of log2-seconds buckets of an event's age."""
     pools: int = 2
     """Query-free sums of event vectors, each weighted by a learned scalar per action."""

@@ -41,9 +41,11 @@ from torchrec_sid.serving.served_model import (
     EXAMPLE,
     EXAMPLE_KIND,
     EXAMPLE_VERSION,
+    ITEMS,
     KIND,
     PROGRAM,
     VERSION,
+    ServedItems,
     ServedManifest,
 )
 
@@ -90,6 +92,7 @@ def export_model(
     together: Sequence[Sequence[str]] = (),
     ranges: Mapping[str, tuple[int, int]] | None = None,
     identity: Mapping[str, Any] | None = None,
+    items: ServedItems | None = None,
 ) -> ExportReport:
     """Write a model as a program, and check that it answers as the model does.
 
@@ -106,6 +109,8 @@ def export_model(
         together: features of one history: requests with more of one than of another are refused.
         ranges: feature -> smallest and largest value that the model knows; others are refused.
         identity: JSON-serialisable, kept in the manifest: what the weights depend on.
+        items: what the program reads of each item; with it, :class:`~torchrec_sid.serving.ranker.Ranker`
+            and the server take the items' own ids.
 
     Raises:
         SidError: an example that shows too little, a model that cannot be traced, or answers that differ.
@@ -151,27 +156,39 @@ def export_model(
         {name: _version(name) for name in ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu")},
     )
     place = locate(folder)
-    size = _publish(place, exported, manifest, example.to_tensors() | {"outputs": expected})
+    size = _publish(place, exported, manifest, example.to_tensors() | {"outputs": expected}, items)
     return ExportReport(place, size, difference, quantization, expected)
 
 
 def _publish(
-    place: Place, exported: ExportedProgram, manifest: ServedManifest, tensors: dict[str, Tensor]
+    place: Place,
+    exported: ExportedProgram,
+    manifest: ServedManifest,
+    tensors: dict[str, Tensor],
+    items: ServedItems | None,
 ) -> int:
     """Write the folder, on a local disk as a whole or not at all; the program's size."""
     if isinstance(place, RemotePath):
-        return _write(place, exported, manifest, tensors)
+        return _write(place, exported, manifest, tensors, items)
     with folder_lock(place), whole_folder(place, KIND) as work:
-        return _write(work, exported, manifest, tensors)
+        return _write(work, exported, manifest, tensors, items)
 
 
 def _write(
-    place: Place, exported: ExportedProgram, manifest: ServedManifest, tensors: dict[str, Tensor]
+    place: Place,
+    exported: ExportedProgram,
+    manifest: ServedManifest,
+    tensors: dict[str, Tensor],
+    items: ServedItems | None,
 ) -> int:
     _write_program(place / PROGRAM, exported)
     save_artifact(place / EXAMPLE, kind=EXAMPLE_KIND, version=EXAMPLE_VERSION, config={}, tensors=tensors)
     config = {**manifest._asdict(), "inputs": manifest.inputs._asdict()}
-    files = {name: record_file(place, name) for name in (PROGRAM, EXAMPLE)}
+    names = [PROGRAM, EXAMPLE]
+    if items is not None:
+        items.write(place / ITEMS)
+        names.append(ITEMS)
+    files = {name: record_file(place, name) for name in names}
     seal_folder(place, kind=KIND, version=VERSION, config=config, files=files)
     return files[PROGRAM].bytes
 

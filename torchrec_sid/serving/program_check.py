@@ -263,7 +263,9 @@ def _check_operator(target: str, where: str) -> None:
         packet = getattr(getattr(torch.ops, parts[2]), parts[3], None)
         overload = getattr(packet, parts[4], None)
         if isinstance(overload, torch._ops.OpOverload) and (
-            parts[3] in _TEXT_ALLOWED or not _takes_text(overload)
+            parts[2] == "torchrec_sid"  # whose text names a backend
+            or parts[3] in _TEXT_ALLOWED
+            or not _takes_text(overload)
         ):
             return
     raise _refuse(where, f"the operator {target[:80]!r}")

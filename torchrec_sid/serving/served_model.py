@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +18,18 @@ from torchrec_sid.artifact import (
     SealedFolder,
     load_artifact,
     open_folder,
+    save_artifact,
 )
 from torchrec_sid.artifact.place import same_path
 from torchrec_sid.artifact.sealed import check_kind
-from torchrec_sid.errors import ArtifactError
+from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.serving.program_check import check_program
 from torchrec_sid.serving.request import Inputs, Request
 
 KIND, VERSION = "served_model", 2
 EXAMPLE_KIND, EXAMPLE_VERSION = "served_model_example", 1
-PROGRAM, EXAMPLE = "program.pt2", "example.safetensors"
+PROGRAM, EXAMPLE, ITEMS = "program.pt2", "example.safetensors", "items.safetensors"
+ITEMS_KIND, ITEMS_VERSION = "served_items", 1
 
 
 class ServedManifest(NamedTuple):
@@ -46,6 +49,29 @@ class ServedManifest(NamedTuple):
     """What the weights depend on."""
     versions: dict[str, str | None]
     """Of the libraries that exported it."""
+
+
+class ServedItems(NamedTuple):
+    """What the program reads of each item, by the item's own id."""
+
+    item_ids: Tensor
+    """``[N]`` int64, distinct; an item's place here is its index in the program."""
+    columns: Mapping[str, Tensor]
+    """``[N]`` or ``[N, ...]`` each, by the name of its field without ``item_`` or ``history_``."""
+    dense_names: tuple[str, ...]
+    """Of the columns of ``dense``."""
+
+    def write(self, path: Place) -> None:
+        """Write ``items.safetensors``, in the order of the ids."""
+        order = self.item_ids.argsort()
+        columns = {f"column/{name}": column[order] for name, column in self.columns.items()}
+        save_artifact(
+            path,
+            kind=ITEMS_KIND,
+            version=ITEMS_VERSION,
+            config={"dense": list(self.dense_names)},
+            tensors={"item_ids": self.item_ids[order], "index": order, **columns},
+        )
 
 
 class Example(NamedTuple):
@@ -89,14 +115,9 @@ class ServedModel:
         """
         import fbgemm_gpu  # noqa: F401  registers the operators of the look-ups
 
-        opened = open_folder(
-            folder,
-            kind=KIND,
-            version=VERSION,
-            verify=verify,
-            earlier=_earlier,
-            remedy="Pass a folder written by export_model.",
-        )
+        import torchrec_sid.side  # noqa: F401  and those over packed SIDs
+
+        opened = open_served(folder, verify=verify)
         manifest: ServedManifest = opened.read_config(ServedManifest)
         program = _load_program(opened)
         return cls(opened, program, manifest)
@@ -118,6 +139,20 @@ class ServedModel:
         with torch.no_grad():
             answer: Tensor = self._program(request.dense, features, extras)
         return answer
+
+    def check_example(self) -> float:
+        """Answer the example, and compare; returns the largest difference to the exporting process.
+
+        Raises:
+            SidError: it is above the tolerance of the export.
+        """
+        example = self.example()
+        difference = float((self(example.request) - example.outputs).abs().max())
+        if not difference <= self.manifest.tolerance:
+            raise SidError(
+                str(self.folder), f"its answers are off by {difference:g}", "Export the model again here."
+            )
+        return difference
 
     def example(self) -> Example:
         """The request that the model was exported with, and the answer of the exporting process.
@@ -150,6 +185,22 @@ def _load_program(folder: SealedFolder) -> Any:
             ) from error
         finally:
             logger.setLevel(level)
+
+
+def open_served(folder: str | Place, *, verify: bool = False) -> SealedFolder:
+    """The sealed folder of a served model.
+
+    Raises:
+        ArtifactError: see :meth:`ServedModel.load`.
+    """
+    return open_folder(
+        folder,
+        kind=KIND,
+        version=VERSION,
+        verify=verify,
+        earlier=_earlier,
+        remedy="Pass a folder written by export_model.",
+    )
 
 
 def _earlier(body: dict[str, Any], where: str) -> Contents:
