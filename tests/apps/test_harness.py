@@ -14,10 +14,9 @@ from torchrec_sid.quantizers import ResidualKMeansConfig
 from torchrec_sid.training.train_config import TrainConfig
 
 MINE = """
-from dataclasses import replace
-
 from apps.rows import Row
 from torchrec_sid import ResidualKMeansConfig
+from torchrec_sid.learn import SidRecipe
 from torchrec_sid.models.build import RankingConfig
 
 SIDS = {"mine": SidRecipe(ResidualKMeansConfig((8, 8)))}
