@@ -236,7 +236,7 @@ class Specification:
             body.setdefault("features", {}).setdefault(feature.source, {})[feature.name] = entry
         if self.counters is not None:
             body["counters"] = _changed(self.counters)
-        return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(body, sort_keys=False)
 
     @classmethod
     def read(cls, path: str | Path) -> Specification:
