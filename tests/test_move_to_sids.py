@@ -37,7 +37,7 @@ def run_on_rank(folder):
 def test_the_page_runs_on_two_processes(tmp_path):
     first, second = run_ranks(run_on_rank, 2, str(tmp_path))
     expected = re.findall(r"^ *print\(.*\)  # (.*)$", PAGE, re.MULTILINE)
-    (report,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    report = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)[0]
     said = "\n".join(line.rstrip() for line in first.splitlines())
     for line in report.splitlines():
         assert line in said

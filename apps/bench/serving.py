@@ -9,6 +9,7 @@ rate, where what is not answered has to be refused at once; then versions exchan
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import re
 import shutil
@@ -26,8 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tritonclient.grpc.aio as triton
-from tritonclient.utils import InferenceServerException
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.errors import SidError
@@ -81,7 +80,7 @@ async def _bench(config: ServingBenchConfig) -> list[dict[str, Any]]:
         shutil.copytree(config.folders[0], folder)
         with _server(folder) as server:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-            client = triton.InferenceServerClient(server.grpc)
+            client = _client_library().InferenceServerClient(server.grpc)
             for events in config.events:
                 for candidates in config.candidates[:2] if config.quick else config.candidates:
                     load = _Load(client, server.http, ranker, events, candidates)
@@ -96,12 +95,26 @@ async def _bench(config: ServingBenchConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def _client_library() -> Any:
+    """Imported where it is used: the options can be read without it.
+
+    Raises:
+        SidError: it is not installed.
+    """
+    try:
+        return importlib.import_module("tritonclient.grpc.aio")
+    except ModuleNotFoundError as error:
+        raise SidError(
+            "tritonclient", "not installed", "Use the environment that `make serve-setup` makes."
+        ) from error
+
+
 class _Load:
     """Requests of one shape."""
 
     def __init__(
         self,
-        client: triton.InferenceServerClient,
+        client: Any,
         http: str,
         ranker: Ranker,
         events: int,
@@ -122,7 +135,7 @@ class _Load:
         self.inputs = []
         for name, value in values.items():
             kind = "FP32" if value.dtype == np.float32 else "INT64"
-            self.inputs.append(triton.InferInput(name, list(value.shape), kind))
+            self.inputs.append(_client_library().InferInput(name, list(value.shape), kind))
             self.inputs[-1].set_data_from_numpy(value if kind == "FP32" else value.astype(np.int64))
 
     async def ask(self) -> tuple[float, str]:
@@ -131,7 +144,7 @@ class _Load:
         try:
             await self.client.infer(_NAME, self.inputs)
             status = "ok"
-        except InferenceServerException as error:
+        except _client_library().InferenceServerException as error:
             status = str(error.status()).removeprefix("StatusCode.")
         return 1000 * (time.perf_counter() - began), status
 

@@ -127,7 +127,8 @@ def make_systems(case: Case, items: Items, dim: int, seed: int, device: torch.de
     sids = batch(items.spec.pack(items.codes[chosen]))
     prefix = System(sid(HashedPrefix(depth=DEPTH, num_embeddings=table_rows), items.spec), sids)
     # The very rows that the prefixes read: equally many, equally often in cache.
-    read = prefix.module.get_submodule("transform")(sids)["item"].values()
+    found = prefix.module.get_submodule("transform")(sids)
+    read = (found[0] if isinstance(found, tuple) else found).values()
     return {
         "raw_id": System(plain(), batch(raw)),
         "raw_id_equal": System(plain(), batch(read, DEPTH)),

@@ -140,7 +140,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "text embedding": (keyed(IDS, values=["x"] * 20), r"column 'embedding' has type string"),
     "ragged embedding": (
         keyed(IDS, values=[[1.0, 2.0]] * 19 + [[1.0]]),
-        r"item_emb.parquet: rows .* not all 2",
+        r"item_emb.parquet: row 19 holds 1 numbers, the first one 2",
     ),
     "hold-out group 3": (items(item_id=IDS, cold_holdout=[3] * 20), r"cold_holdout holds other values"),
     # Splits.

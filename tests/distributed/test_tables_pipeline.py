@@ -71,4 +71,4 @@ def test_pipelined_equals_not_pipelined():
         assert found["calls"] == [STEPS, STEPS], "once per batch and transform"
         assert found["unknown"][0] == found["unknown"][1] > 0
         assert found["same_names"]
-        assert found["restored"] == "SidTransform"
+        assert found["restored"] == "BagTransform"

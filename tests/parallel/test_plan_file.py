@@ -69,7 +69,7 @@ def test_bad_plan_files(tmp_path, text, message):
 
 
 def test_a_missing_plan_file(tmp_path):
-    with pytest.raises(ArtifactError, match="no such file. Make a plan with python -m apps.plan"):
+    with pytest.raises(ArtifactError, match="no such file. Make a plan with torchrec-sid plan"):
         load_plan(tmp_path / "plan.json")
 
 

@@ -22,7 +22,10 @@ import torch.distributed.checkpoint.metadata as dcp_metadata
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    create_default_local_load_plan,
+)
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -33,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -225,6 +228,16 @@ def _covered(entry: TensorStorageMetadata) -> bool:
 
 class _DataOnlyPlanner(DefaultLoadPlanner):
     """Reads byte entries as data: torch's own planner unpickles whatever they hold."""
+
+    def create_local_plan(self) -> LoadPlan:
+        """Of all but empty branches: a rank without a shard of some table has one that nobody wrote."""
+        wanted = {
+            name: value
+            for name, value in self.state_dict.items()
+            if not (isinstance(value, dict) and not value)
+        }
+        assert self.metadata is not None, "set_up_planner comes first"
+        return create_default_local_load_plan(wanted, self.metadata, True)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         data = torch.load(value, map_location="cpu", weights_only=True)

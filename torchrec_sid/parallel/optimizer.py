@@ -114,8 +114,9 @@ def optimizers_by_table(given: TableOptimizers, tables: Iterable[str]) -> dict[s
 
     Example:
         >>> fast = TableOptimizer("sgd", lr=0.1)
-        >>> optimizers_by_table({"t_user": TableOptimizer("adagrad"), "*": fast}, ["t_item"])["t_item"].name
-        'sgd'
+        >>> given = {"t_user": TableOptimizer("adagrad"), "*": fast}
+        >>> [table.name for table in optimizers_by_table(given, ["t_item", "t_user"]).values()]
+        ['sgd', 'adagrad']
     """
     names = list(tables)
     if isinstance(given, TableOptimizer):

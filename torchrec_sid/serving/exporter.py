@@ -116,6 +116,7 @@ def export_model(
         SidError: an example that shows too little, a model that cannot be traced, or answers that differ.
 
     Example:
+        >>> import tempfile
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
         >>> from torchrec.models.dlrm import DLRM
         >>> from torchrec_sid.serving.request import Bags
