@@ -16,7 +16,7 @@ from tests.data.logs import all_examples, random_events, read_examples, write_lo
 from torchrec_sid.ages import HISTORY_AGES, age_bucket
 from torchrec_sid.data import BatchConfig, BatchReader, PrepareConfig, PreparedLog, RankingBatch, prepare
 from torchrec_sid.data import blocks as blocks_module
-from torchrec_sid.data.partition import NO_TIME
+from torchrec_sid.data.history_store import NO_TIME
 from torchrec_sid.data.reader import ranges
 from torchrec_sid.errors import ArtifactError, SidError
 
@@ -130,7 +130,7 @@ def test_a_resumed_reader_does_not_touch_the_blocks_before(tmp_path: Path) -> No
         write_log(tmp_path / "log", random_events(400)), tmp_path / "out", PrepareConfig(block_rows=8)
     )
     whole = read(log, start_batch=5)
-    damage(log.path / "train" / "part-00000.parquet", row_group=0)
+    damage(log.path / "train" / "00000" / "part-00000.parquet", row_group=0)
     with pytest.raises(ArtifactError, match=r"block 0 cannot be read.*Prepare the log again"):
         read(log)
     assert all(equal(a, b) for a, b in zip(whole, read(log, start_batch=5), strict=True))
@@ -163,7 +163,7 @@ def test_a_worker_passes_its_error_on(tmp_path: Path) -> None:
     log = prepare(
         write_log(tmp_path / "log", random_events(400)), tmp_path / "out", PrepareConfig(block_rows=8)
     )
-    (log.path / "train" / "part-00000.parquet").unlink()
+    (log.path / "train" / "00000" / "part-00000.parquet").unlink()
     with pytest.raises(ArtifactError, match=r"part-00000.parquet"):
         read(log, workers=1)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_sid.data.examples import BLOCKS_PER_FILE, EXAMPLE_SCHEMA, part_path
+from torchrec_sid.data.examples import BLOCKS_PER_FILE, part_path
 from torchrec_sid.data.parquet import Array
-from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.prepared import PreparedLog, bucket_name
 from torchrec_sid.errors import ArtifactError, SidError
 
 Order = Literal["time", "shuffled"]
@@ -26,11 +26,13 @@ class BlockReader:
     Args:
         log: the prepared log.
         split: ``train``, ``valid`` or ``test``.
+        bucket: of users.
     """
 
-    def __init__(self, log: PreparedLog, split: str) -> None:
-        self.folder: Path = log.path / log.check_split(split)
-        self.rows = log.rows(split)
+    def __init__(self, log: PreparedLog, split: str, bucket: int = 0) -> None:
+        self.folder: Path = log.path / log.check_split(split) / bucket_name(bucket)
+        self.rows = log.rows(split, bucket)
+        self.floats = log.dense_names
         self.block_rows = log.block_rows
         self.blocks = -(-self.rows // self.block_rows)
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
@@ -64,7 +66,9 @@ class BlockReader:
         """
         first, last = begin // self.block_rows, -(-end // self.block_rows)
         tables = [self._block(int(block), columns) for block in order[first:last]]
-        table = pa.concat_tables(tables) if tables else EXAMPLE_SCHEMA.empty_table().select(columns)
+        if not tables:
+            return {name: np.empty(0, np.float32 if name in self.floats else np.int64) for name in columns}
+        table = pa.concat_tables(tables)
         table = table.slice(begin - first * self.block_rows, end - begin)
         return {name: table.column(name).to_numpy() for name in columns}
 
