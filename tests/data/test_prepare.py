@@ -26,7 +26,7 @@ from tests.data.logs import (
     write_log,
 )
 from torchrec_sid.data import NegativeSampling, PrepareConfig, PreparedLog, prepare
-from torchrec_sid.data.preparation import popularity_segments
+from torchrec_sid.data.examples import popularity_segments
 from torchrec_sid.data.prepared import MANIFEST
 from torchrec_sid.errors import ArtifactError, SidError
 

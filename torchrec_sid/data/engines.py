@@ -296,13 +296,14 @@ def _quoted(text: str) -> str:
 
 
 def _spark_path(file: Any) -> str:
-    return str(file) if isinstance(file, RemotePath) else Path(file).absolute().as_uri()
+    # Hadoop escapes what it is given: the path goes there as it is.
+    return str(file) if isinstance(file, RemotePath) else f"file://{Path(file).absolute()}"
 
 
 def _base_path(source: ParquetTable) -> str:
     """The folder above the first partition."""
     parts = _spark_path(source.files[0]).split("/")
-    first = next(i for i, part in enumerate(parts) if "=" in urllib.parse.unquote(part))
+    first = next(i for i, part in enumerate(parts) if "=" in part)
     return "/".join(parts[:first])
 
 
@@ -311,11 +312,14 @@ def _first_rows(source: ParquetTable, found: list[str]) -> dict[str, int]:
 
     def plain(path: str) -> str:
         scheme, colon, rest = path.partition(":")
-        if not colon or "/" in scheme:
-            return path.strip("/")
-        return (rest if scheme == "memory" else urllib.parse.unquote(rest)).strip("/")
+        return (path if not colon or "/" in scheme else rest).strip("/")
 
     ours = {
         plain(_spark_path(file)): row for file, row in zip(source.files, source.first_rows, strict=True)
     }
-    return {path: ours[plain(path)] for path in found}
+    first = {}
+    for path in found:
+        name = plain(path)
+        # Spark reports escaped paths, DuckDB those that it was given.
+        first[path] = ours[name] if name in ours else ours[urllib.parse.unquote(name)]
+    return first

@@ -142,3 +142,18 @@ class SplitCounts:
         own = {"rows": self.rows, "positives": self.positives}
         span = {"first_ts": self.first_ts or 0, "last_ts": self.last_ts or 0}
         return own | span | {"buckets": self.buckets, "segments": segments}
+
+
+def popularity_segments(train_events: Array) -> Array:
+    """Training events per item ``[N]`` -> segment ``[N]`` int8, a position in ``SEGMENTS``.
+
+    Items in order of popularity: those that the first third of the events falls on are head (0), the
+    second third torso (1), the last third tail (2); items without a training event are cold (3).
+    """
+    order = np.argsort(-train_events, kind="stable")
+    counts = train_events[order]
+    before = np.cumsum(counts) - counts
+    segment = np.empty(len(train_events), np.int8)
+    segment[order] = np.minimum(3 * before // max(int(counts.sum()), 1), 2)
+    segment[train_events == 0] = 3
+    return segment

@@ -15,7 +15,7 @@ from torchrec_sid.data.engines import Table, one_row
 from torchrec_sid.data.event_checks import EventStatistics, check_events, check_split_order
 from torchrec_sid.data.event_columns import EventColumns
 from torchrec_sid.data.example_files import DENSE, ExampleFiles, example_rows
-from torchrec_sid.data.examples import BLOCKS_PER_FILE
+from torchrec_sid.data.examples import BLOCKS_PER_FILE, popularity_segments
 from torchrec_sid.data.features import LogFeatures
 from torchrec_sid.data.given_histories import refuse_future
 from torchrec_sid.data.history_files import write_histories
@@ -248,18 +248,3 @@ class Preparation:
             if count:
                 self.progress(f"left out: {count:,} {name.replace('_', ' ')}")
         return dropped
-
-
-def popularity_segments(train_events: Array) -> Array:
-    """Training events per item ``[N]`` -> segment ``[N]`` int8, a position in ``SEGMENTS``.
-
-    Items in order of popularity: those that the first third of the events falls on are head (0), the
-    second third torso (1), the last third tail (2); items without a training event are cold (3).
-    """
-    order = np.argsort(-train_events, kind="stable")
-    counts = train_events[order]
-    before = np.cumsum(counts) - counts
-    segment = np.empty(len(train_events), np.int8)
-    segment[order] = np.minimum(3 * before // max(int(counts.sum()), 1), 2)
-    segment[train_events == 0] = 3
-    return segment
