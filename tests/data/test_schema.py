@@ -66,7 +66,7 @@ def test_a_second_source_may_lack_items(tmp_path: Path) -> None:
     assert folder.embeddings("image").rows == 2
     # As the default source it decides which items there are.
     small = LogFolder.open(tmp_path, source="image", missing_embedding="drop")
-    assert small.item_ids.tolist() == [103, 105] and len(small.bare_ids) == 18
+    assert small.item_ids.tolist() == [103, 105] and len(small.bare_keys) == 18
     assert small.embedding_matrix("content").shape == (2, 4)
 
 
