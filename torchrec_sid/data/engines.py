@@ -195,6 +195,7 @@ class SparkEngine:
             from pyspark.sql import SparkSession
         except ImportError as error:
             raise SidError("engine", "pyspark is not installed", "Install torchrec-sid[spark].") from error
+        _ = ibis.pyspark  # registers the options that its compiler reads
         self._scratch, self._results = scratch, 0
         active = SparkSession.getActiveSession()
         self._owned = active is None
