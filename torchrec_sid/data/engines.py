@@ -196,6 +196,7 @@ class SparkEngine:
         except ImportError as error:
             raise SidError("engine", "pyspark is not installed", "Install torchrec-sid[spark].") from error
         _ = ibis.pyspark  # registers the options that its compiler reads
+        ibis.options.pyspark.treat_nan_as_null = False
         self._scratch, self._results = scratch, 0
         active = SparkSession.getActiveSession()
         self._owned = active is None
