@@ -262,6 +262,8 @@ def test_ranges() -> None:
         ({"fields": ("item_sid",), "item_values": {"sid": SIDS.astype(np.int32)}}, "dtype int32"),
         ({"fields": ("item", "history_bytes"), "item_values": {"bytes": BYTES[:7]}}, "'bytes': shape"),
         ({"fields": ("item_bytes",), "item_values": {"bytes": BYTES}}, "are rows"),
+        ({"fields": ("item", "price")}, "fields: 'price'"),
+        ({"fields": ("item", "item_")}, "item value ''"),
     ],
 )
 def test_refuses(log: PreparedLog, how: dict[str, Any], message: str) -> None:
@@ -274,9 +276,7 @@ def test_refuses(log: PreparedLog, how: dict[str, Any], message: str) -> None:
     [
         {"batch_size": 0},
         {"history_length": 0},
-        {"fields": ("item", "price")},
         {"fields": ("item", "item")},
-        {"fields": ("item_",)},
         {"fields": ()},
     ],
 )
