@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as kinds
 
+from torchrec_sid.ages import NO_TIME
 from torchrec_sid.data.engines import ROW, Engine, Table
 from torchrec_sid.data.event_columns import is_text
 from torchrec_sid.data.event_queries import whole_number
-from torchrec_sid.data.history_store import NO_TIME
 from torchrec_sid.data.lake import ParquetTable, key_kind
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.schema import LogFolder

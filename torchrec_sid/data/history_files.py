@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from torchrec_sid.ages import NO_TIME
 from torchrec_sid.data import event_queries as queries
 from torchrec_sid.data.features import LogFeatures
 from torchrec_sid.data.given_histories import GivenBatch
-from torchrec_sid.data.history_store import NO_TIME, StoreWriter
+from torchrec_sid.data.history_store import StoreWriter
 from torchrec_sid.data.prepare_run import PrepareRun
 from torchrec_sid.data.prepared import bucket_name
 

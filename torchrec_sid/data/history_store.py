@@ -14,9 +14,6 @@ from torchrec_sid.data.encoding import Jagged
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.errors import ArtifactError
 
-NO_TIME = np.iinfo(np.int64).min
-"""Time of a history entry of which only the order is known."""
-
 _COLUMNS = {"item": np.int32, "ts": np.int64, "action": np.int8}
 
 
