@@ -16,7 +16,7 @@ from tests.data.test_example_features import SPEC, write
 from torchrec_sid.data.specification import Specification
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, RankingConfig, build_ranking
-from torchrec_sid.models.features import FeatureFields, FeatureInputs, TableInput, VectorInput
+from torchrec_sid.models.feature_fields import FeatureFields, FeatureInputs, TableInput, VectorInput
 from torchrec_sid.parallel.embedding_tables import find_tables
 from torchrec_sid.serving.exporter import ExportOptions, export_model
 from torchrec_sid.serving.served_model import ServedModel

@@ -13,7 +13,7 @@ from torchrec_sid.data import event_queries as queries
 from torchrec_sid.data.encoding import example_column
 from torchrec_sid.data.engines import Table
 from torchrec_sid.data.examples import SPLITS, ExampleWriter, SplitCounts
-from torchrec_sid.data.features import LogFeatures
+from torchrec_sid.data.feature_learning import LogFeatures
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.prepare_run import PrepareRun
 from torchrec_sid.data.prepared import bucket_name

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from torchrec_sid.ages import NO_TIME
 from torchrec_sid.data import event_queries as queries
-from torchrec_sid.data.features import LogFeatures
+from torchrec_sid.data.feature_learning import LogFeatures
 from torchrec_sid.data.given_histories import GivenBatch
 from torchrec_sid.data.history_store import StoreWriter
 from torchrec_sid.data.prepare_run import PrepareRun

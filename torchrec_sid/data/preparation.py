@@ -16,7 +16,7 @@ from torchrec_sid.data.event_checks import EventStatistics, check_events, check_
 from torchrec_sid.data.event_columns import EventColumns
 from torchrec_sid.data.example_files import DENSE, ExampleFiles, example_rows
 from torchrec_sid.data.examples import BLOCKS_PER_FILE, popularity_segments
-from torchrec_sid.data.features import LogFeatures
+from torchrec_sid.data.feature_learning import LogFeatures
 from torchrec_sid.data.given_histories import refuse_future
 from torchrec_sid.data.history_files import write_histories
 from torchrec_sid.data.lake import ParquetTable

@@ -16,7 +16,7 @@ from torchrec_sid.models.channels import Arm, ChannelInputs, arm_named
 from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain
 from torchrec_sid.models.embedder import SumOfEmbedders
 from torchrec_sid.models.encoder import EncoderConfig, HistoryEncoder
-from torchrec_sid.models.features import EventFeatures, FeatureFields, FeatureInputs
+from torchrec_sid.models.feature_fields import EventFeatures, FeatureFields, FeatureInputs
 from torchrec_sid.models.stores import IdStore, ItemStore
 from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 

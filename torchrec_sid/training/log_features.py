@@ -16,7 +16,7 @@ from torchrec_sid.data.specification import (
 from torchrec_sid.data.statistics import measure_log
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes
-from torchrec_sid.models.features import FeatureInputs, TableInput, VectorInput
+from torchrec_sid.models.feature_fields import FeatureInputs, TableInput, VectorInput
 
 
 def log_sizes(log: PreparedLog, dim: int) -> LogSizes:
