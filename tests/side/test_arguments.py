@@ -225,6 +225,17 @@ def test_what_attention_refuses(backend: str, backward: bool, change: dict, mess
         run_attention(arguments, backward)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_event_that_no_candidate_sees_is_checked_too(backend: str, backward: bool) -> None:
+    arguments = attention_arguments(backend)
+    arguments["limits"] = torch.zeros(4, dtype=torch.int64)
+    arguments["events"] = arguments["events"].clone()
+    arguments["events"][17, 0] = 255
+    with pytest.raises(SidError, match="value 255 in column 0 of row 17"):
+        run_attention(arguments, backward)
+
+
 @pytest.mark.parametrize("name", UPSTREAM.split())
 def test_a_short_gradient_is_refused(name: str) -> None:
     arguments = attention_arguments()

@@ -112,8 +112,7 @@ def code_attention(
     name = choose_backend(problem, backend)
     on_host = not query.is_cuda
     _check_values(problem, name, counts is not None, validate)
-    if (name == "torch" and problem.layout.one_hot_columns) or (validate and not on_host):
-        # A gather outside the table would raise without naming the event (on a GPU: end the process).
+    if validate and not on_host:
         _check_events(problem)
     if name == "torch":
         out = attention_torch.forward(problem)
@@ -140,6 +139,11 @@ def _check_values(problem: AttentionProblem, backend: str, jagged: bool, validat
         check_limits(problem.limits, problem.lengths, problem.rows // problem.heads)
     if problem.multiplicity is not None:
         check_multiplicity(problem.multiplicity)
+    # A byte outside its alphabet makes NaN of what sees it, which costs nothing to find; an event that no
+    # row sees has to be looked at. In plain PyTorch a gather would raise without naming the event.
+    unseen = jagged or not problem.query.numel()
+    if (unseen and not problem.query.is_cuda) or (backend == "torch" and problem.layout.one_hot_columns):
+        _check_events(problem)
 
 
 def _check_events(problem: AttentionProblem) -> None:
@@ -211,8 +215,6 @@ def code_attention_backward(
     )
     name, out = choose_backend(problem, backend), AttentionOutput(z, total, peak)
     _check_values(problem, name, counts is not None, validate=False)
-    if name == "torch" and problem.layout.one_hot_columns:
-        _check_events(problem)
     grads = _exact_gradients(name, problem, out, grad_z, grad_total)
     if not query.is_cuda and bool(grads.offset.isnan().any()):
         _check_events(problem)
