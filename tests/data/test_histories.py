@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.logs import all_examples, write_log
+from torchrec_sid.ages import NO_TIME
 from torchrec_sid.data import BatchConfig, BatchReader, PrepareConfig, prepare
-from torchrec_sid.data.partition import NO_TIME
 
 CONFIG = PrepareConfig(shuffle_window=0, block_rows=4)
 ROWS = 40

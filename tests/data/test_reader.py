@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.logs import all_examples, random_events, read_examples, write_log
-from torchrec_sid.ages import HISTORY_AGES, age_bucket
+from torchrec_sid.ages import HISTORY_AGES, NO_TIME, age_bucket
 from torchrec_sid.data import BatchConfig, BatchReader, PrepareConfig, PreparedLog, RankingBatch, prepare
 from torchrec_sid.data import blocks as blocks_module
-from torchrec_sid.data.partition import NO_TIME
 from torchrec_sid.data.reader import ranges
 from torchrec_sid.errors import ArtifactError, SidError
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from torchrec_sid.ages import NO_TIME
 from torchrec_sid.data.parquet import Array, integers, open_parquet, scan, texts
-from torchrec_sid.data.partition import EVENT, NO_TIME, TimeSketch
+from torchrec_sid.data.partition import EVENT, TimeSketch
 from torchrec_sid.data.schema import EVENTS, HISTORIES, LogFolder
 from torchrec_sid.errors import SidError
 

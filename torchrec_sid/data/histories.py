@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from torchrec_sid.ages import NO_TIME
 from torchrec_sid.data.history_store import StoreWriter
 from torchrec_sid.data.parquet import Array, integers, open_parquet, scan
-from torchrec_sid.data.partition import EXAMPLE, NO_TIME, Spill, hash_bucket
+from torchrec_sid.data.partition import EXAMPLE, Spill, hash_bucket
 from torchrec_sid.data.schema import HISTORIES, LogFolder
 from torchrec_sid.errors import SidError
 

@@ -44,9 +44,6 @@ EXAMPLE = np.dtype(
 )
 """One row of train/, valid/ or test/."""
 
-NO_TIME = np.iinfo(np.int64).min
-"""Time of a history entry of which only the order is known."""
-
 
 class Spill:
     """One append-only file of records per bucket.
