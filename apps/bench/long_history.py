@@ -35,7 +35,8 @@ from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.models.stores import ContentStore, SideStore
 from torchrec_sid.quantizers import DiscretePca, DiscretePcaConfig
 from torchrec_sid.side import CodeSpaceAttention, FrozenBasis
-from torchrec_sid.training.run import batch_config, log_sizes
+from torchrec_sid.training.log_features import log_sizes
+from torchrec_sid.training.run import batch_config
 
 from .alternating import peak_mb
 
@@ -153,7 +154,7 @@ class World:
         torch.manual_seed(self.config.seed)
         model = RankingConfig(arm="dense" if arm == "dense" else "side", history_length=self.config.history)
         stores = (SideStore(self.basis, values={"bytes": self.item_bytes}), ContentStore(self.content))
-        ranking = build_ranking(model, log_sizes(self.log), stores)
+        ranking = build_ranking(model, log_sizes(self.log, model.dim), stores)
         if arm == "side_decoded":
             channel: Any = ranking.module.model.channels["side"]
             channel.attentions = nn.ModuleList(

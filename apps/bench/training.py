@@ -43,10 +43,11 @@ from torchrec_sid.parallel.sharding import ShardedModel, shard_model
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables import PieceTrainerConfig, SidPieces, train_pieces
+from torchrec_sid.training.log_features import log_sizes
 from torchrec_sid.training.loop import TrainingLoop
 from torchrec_sid.training.progress_line import TrainingProgress
 from torchrec_sid.training.recorder import StepRecorder
-from torchrec_sid.training.run import batch_config, log_sizes
+from torchrec_sid.training.run import batch_config
 from torchrec_sid.training.schedule import RateSchedule
 
 from ..rundir import set_up_logging
@@ -196,7 +197,7 @@ def _build(log: PreparedLog, arm: str) -> tuple[Ranking, ShardedModel]:
     trits = torch.randint(0, 3, (log.items, _SIDE.levels), generator=generator)
     ranking = build_ranking(
         RankingConfig(arm=arm),
-        log_sizes(log),
+        log_sizes(log, RankingConfig().dim),
         (
             SidStore(
                 _SPEC, _pieces() if arm == "sentencepiece" else None, values={"sid": _SPEC.pack(codes)}

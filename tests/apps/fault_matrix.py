@@ -132,7 +132,7 @@ def _port_in_use(run: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _unreadable_parquet(run: Path) -> contextlib.AbstractContextManager[tuple[str, ...]]:
-    return _flipped(run / "prepared" / "train" / "part-00000.parquet")
+    return _flipped(run / "prepared" / "train" / "00000" / "part-00000.parquet")
 
 
 @contextlib.contextmanager

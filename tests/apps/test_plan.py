@@ -92,7 +92,7 @@ def test_the_plan_fits_the_model_that_train_builds(tmp_path):
         )
         report = plan(config)
         assert report["side_by_side"] == []
-        module = build_ranking(model, log_sizes(log), (SidStore(SPEC),)).module
+        module = build_ranking(model, log_sizes(log, model.dim), (SidStore(SPEC),)).module
         check_plan(load_plan(tmp_path / arm / "plan.json"), module, 2, "cpu")
         history = next(t for t in report["summary"]["tables"] if t["name"].startswith("t_history"))
         [rows], bags = history["pooling_factors"], history["num_poolings"]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_sid.data import PreparedLog
+from torchrec_sid.data import HistoryStore, PreparedLog
 
 SPLITS = ("train", "valid", "test")
 
@@ -58,20 +58,31 @@ def random_events(
 
 def read_examples(log: PreparedLog, split: str) -> list[dict[str, Any]]:
     """All rows of a split in file order, each with its history as ``(item id, ts, action)`` triples."""
-    rows = pq.read_table(log.path / split).to_pylist()
-    store = log.store
-    for row in rows:
-        span = slice(row["hist_begin"], row["hist_end"])
-        row["history"] = list(
-            zip(
-                log.item_ids[store.item[span]].tolist(),
-                store.ts[span].tolist(),
-                store.action[span].tolist(),
-                strict=True,
-            )
-        )
-        row["item_id"] = int(log.item_ids[row["item"]])
+    users = log.user_keys.to_pylist()
+    rows = []
+    for bucket in range(log.buckets):
+        files = sorted((log.path / split / f"{bucket:05d}").glob("*.parquet"))
+        found = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+        store = log.bucket_store(bucket)
+        for row in found:
+            _complete(row, log, store, users)
+            row["bucket"] = bucket
+        rows += found
     return rows
+
+
+def _complete(row: dict[str, Any], log: PreparedLog, store: HistoryStore, users: list[Any]) -> None:
+    span = slice(row["hist_begin"], row["hist_end"])
+    row["history"] = list(
+        zip(
+            log.item_ids[store.item[span]].tolist(),
+            store.ts[span].tolist(),
+            store.action[span].tolist(),
+            strict=True,
+        )
+    )
+    row["item_id"] = int(log.item_ids[row["item"]])
+    row["user_id"] = users[row["user"]]
 
 
 def all_examples(log: PreparedLog) -> list[dict[str, Any]]:

@@ -107,11 +107,16 @@ IDS = list(range(100, 120))
 
 CASES: dict[str, tuple[Spoil, str]] = {
     # Columns and types.
-    "missing column": (events(label=None), r"events.parquet: no column 'label' .*Add 'label', integer"),
-    "missing item_id": (items(id=IDS), r"items.parquet: no column 'item_id'"),
-    "float label": (events(label=[0.0, 1.0] * 30), r"column 'label' has type double.*Write it as integer"),
-    "text user": (events(user=["ann"] * 60), r"column 'user' has type string"),
-    "float time": (events(ts=[1.5] * 60), r"column 'ts' has type double"),
+    "missing column": (
+        events(label=None),
+        r"events.parquet: no column 'label' .*Add 'label', or name its column",
+    ),
+    "missing item_id": (items(name=IDS), r"items.parquet: no column 'item_id'"),
+    "fraction label": (events(label=[0.0, 0.5] * 30), r"label is 0.5 at row 1\. Use 0\.\.1"),
+    "text label": (events(label=["yes"] * 60), r"column 'label' has type string.*Write it as integer"),
+    "list user": (events(user=[["ann"]] * 60), r"column 'user' has type list"),
+    "boolean time": (events(ts=[True] * 60), r"column 'ts' has type bool"),
+    "no number time": (events(ts=["soon"] * 60), r"ts is soon at row 0\. Write int64 seconds"),
     "integer split": (events(split=[0] * 60), r"column 'split' has type int64.*Write it as text"),
     "text rating": (events(rating=["5"] * 60), r"column 'rating' has type string"),
     # Values.
@@ -121,7 +126,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "milliseconds": (event(3, ts=1_700_000_000_000), r"ts is 1700000000000 at row 3.*int64 seconds"),
     "negative time": (event(3, ts=-5), r"ts is -5 at row 3"),
     "some unknown times": (event(3, ts=-1), r"ts is -1 at row 3"),
-    "unknown split": (event(3, split="dev"), r"split 'dev'\. Use train, valid, test"),
+    "unknown split": (event(3, split="dev"), r"split 'dev' at row 3\. Use train, valid, test"),
     "rating 300": (events(rating=[300] * 60), r"rating is 300 at row 0\. Use 0\.\.127"),
     # Items and embeddings.
     "unknown item": (event(5, item=999), r"item 999 at row 5 is not in items.parquet\. Add it"),
@@ -132,7 +137,6 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "infinity": (embedding(2, np.inf), r"item_emb.npy: row 2 holds a NaN or an infinity"),
     "integer embeddings": (embeddings(np.ones((20, 4), np.int64)), r"item_emb.npy: dtype int64"),
     "flat embeddings": (embeddings(np.ones(20)), r"item_emb.npy: shape \(20,\)"),
-    "no embeddings": (remove("item_emb.npy"), r"no embeddings\. Add item_emb.npy"),
     "item without embedding": (keyed(IDS[:-1]), r"item 119 at row \d+ has no embedding\. Add one"),
     "embedding of an unknown item": (keyed([*IDS, 7]), r"item_emb.parquet: item_id 7 is not in items"),
     "embedding twice": (keyed([*IDS, 100]), r"item_emb.parquet: item_id 100 occurs 2 times"),
@@ -238,5 +242,5 @@ def test_clockless_logs_need_order_and_split(tmp_path: Path) -> None:
     with pytest.raises(SidError, match="no column 'split'"):
         prepare(folder, tmp_path / "out")
     events(ts=[-1] * 59 + [5], order=list(range(60)))(folder)
-    with pytest.raises(SidError, match=r"ts is 5 at row 59, -1 before"):
+    with pytest.raises(SidError, match=r"ts is 5 at row 59, -1 in 59 of 60 rows\. Give all times or none"):
         prepare(folder, tmp_path / "out")

@@ -18,9 +18,7 @@ from torchrec_sid.data import BatchConfig, BatchReader, NegativeSampling, Prepar
 
 Events = dict[str, list[Any]]
 
-CONFIG = PrepareConfig(
-    shuffle_window=16, block_rows=8, bucket_rows=64, negatives=NegativeSampling(3, power=0.5, window=20)
-)
+CONFIG = PrepareConfig(shuffle_window=16, block_rows=8, negatives=NegativeSampling(3, power=0.5, window=20))
 ROWS = 160
 
 

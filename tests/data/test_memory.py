@@ -18,7 +18,7 @@ path, items, events, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sy
 log = write_synthetic(path + "/log", SyntheticConfig(
     items=items, users=2_000, events=events, dim=32, sources=("content",), max_history=100_000))
 if steps == "all":
-    small = PrepareConfig(bucket_rows=1 << 14, block_rows=1024, shuffle_window=1 << 14)
+    small = PrepareConfig(memory="400MB", buckets=1, block_rows=1024, shuffle_window=1 << 14)
     for batch in BatchReader(prepare(log, path + "/out", small), "train", BatchConfig(1024, 64)):
         pass
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

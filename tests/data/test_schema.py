@@ -66,7 +66,7 @@ def test_a_second_source_may_lack_items(tmp_path: Path) -> None:
     assert folder.embeddings("image").rows == 2
     # As the default source it decides which items there are.
     small = LogFolder.open(tmp_path, source="image", missing_embedding="drop")
-    assert small.item_ids.tolist() == [103, 105] and len(small.bare_ids) == 18
+    assert small.item_ids.tolist() == [103, 105] and len(small.bare_keys) == 18
     assert small.embedding_matrix("content").shape == (2, 4)
 
 
@@ -150,6 +150,6 @@ def test_histories_of_ml1m_have_the_published_lengths(shared_data: Path, tmp_pat
         "hist_len"
     ].to_numpy()
     for split in ("train", "valid", "test"):
-        table = pq.read_table(log.path / split, columns=["event", "hist_begin", "hist_end"])
+        table = pq.read_table(log.path / split / "00000", columns=["event", "hist_begin", "hist_end"])
         lengths = table["hist_end"].to_numpy() - table["hist_begin"].to_numpy()
         assert np.array_equal(lengths, published[table["event"].to_numpy()])

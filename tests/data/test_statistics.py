@@ -77,4 +77,4 @@ def test_what_was_measured_reaches_the_model(log: PreparedLog) -> None:
     stream = replace(config, model=replace(config.model, encoder_layers=1))
     (part,) = build_run(stream, log, (store,)).module.model.channels["stream"].embedder.parts
     torch.testing.assert_close(part.features(packed), features.calibrate(packed)(packed))
-    assert log_sizes(log).ages == HISTORY_AGES
+    assert log_sizes(log, 8).ages == HISTORY_AGES

@@ -131,7 +131,7 @@ def test_labels_follow_the_planted_odds(events: dict[str, np.ndarray]) -> None:
 def test_content_predicts_the_labels_of_cold_items(folder: LogFolder, log: PreparedLog) -> None:
     """From the past alone: what the user liked so far, and what kind of item was liked by all."""
     x = np.asarray(folder.embedding_matrix(), np.float64)
-    train, test = (pq.read_table(log.path / split) for split in ("train", "test"))
+    train, test = (pq.read_table(log.path / split / "00000") for split in ("train", "test"))
     item, label = train["item"].to_numpy(), train["label"].to_numpy()
     shown, liked = (np.bincount(item, w, minlength=2_000) for w in (np.ones(len(item)), label))
     seen = shown > 0

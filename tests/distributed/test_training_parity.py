@@ -23,8 +23,9 @@ from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.sharding import shard_model
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
+from torchrec_sid.training.log_features import log_sizes
 from torchrec_sid.training.loop import TrainingLoop
-from torchrec_sid.training.run import batch_config, log_sizes
+from torchrec_sid.training.run import batch_config
 
 BATCHES, EPOCHS, GLOBAL_BATCH, SEED = 3, 5, 128, 3
 STEPS = BATCHES * EPOCHS
@@ -47,7 +48,7 @@ def _ranking(arm: str, log: PreparedLog) -> Ranking:
         SideStore(FrozenBasis.from_digits(SIDE, directions), values={"bytes": SIDE.pack_bytes(trits)}),
         ContentStore(content),
     )
-    return build_ranking(config, log_sizes(log), stores)
+    return build_ranking(config, log_sizes(log, config.dim), stores)
 
 
 def _read(log: PreparedLog, ranking: Ranking, split: str = "train", start: int = 0) -> BatchReader:

@@ -11,6 +11,7 @@ from torchrec_sid.data.negatives import NegativeSampling
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import SEGMENTS, PreparedLog
 from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.data.specification import Specification
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "PrepareConfig",
     "PreparedLog",
     "RankingBatch",
+    "Specification",
     "SyntheticConfig",
     "prepare",
     "write_synthetic",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,8 +14,9 @@ from torchrec.streamable import Pipelineable
 from torchrec_sid.errors import SidError
 
 LOG_FIELDS = ("item", "history", "history_action", "history_age")
-"""Keys that a batch takes from the log alone. ``item_NAME`` and ``history_NAME`` are a further value of the
-candidate and of the events, from what the reader is given of every item."""
+"""Keys that a batch takes from every log. Others are keys of the features of its specification, or
+``item_NAME`` and ``history_NAME``: a value of the candidate and of the events that the reader is given of
+every item."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,14 @@ class BatchConfig:
     """The most recent events kept of each history; None keeps all."""
     fields: tuple[str, ...] = ("item", "history")
     """Keys of the KeyedJaggedTensor, in this order, and rows beside it; see :data:`LOG_FIELDS`."""
+    labels: tuple[str, ...] = ()
+    """Names of the log's further labels."""
     tasks: tuple[int, ...] = ()
     """Further labels: for each action a here, whether the user's action was at least a."""
+
+    dropped: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """NAME -> share of the values ``item_NAME`` and ``history_NAME`` that are dropped at random, and what
+    stands in their place. The draws depend on seed, epoch and row alone."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", tuple(self.fields))
@@ -40,18 +47,8 @@ class BatchConfig:
             raise SidError(
                 "history_length", f"{self.history_length}", "Keep one event or more, or None for all."
             )
-        for name in self.fields:
-            if name not in LOG_FIELDS and not (name.startswith(("item_", "history_")) and name[-1] != "_"):
-                known = ", ".join((*LOG_FIELDS, "item_NAME", "history_NAME"))
-                raise SidError("fields", f"{name!r}", f"Choose from {known}.")
         if len(set(self.fields)) < len(self.fields) or not self.fields:
             raise SidError("fields", f"{self.fields}", f"Name each field once, and {LOG_FIELDS[0]!r}.")
-
-    @property
-    def item_values(self) -> tuple[str, ...]:
-        """Names of the values of items that its fields take."""
-        own = [name for name in self.fields if name not in LOG_FIELDS]
-        return tuple(dict.fromkeys(name.partition("_")[2] for name in own))
 
 
 @dataclass
@@ -63,16 +60,16 @@ class RankingBatch(Pipelineable):
     features: KeyedJaggedTensor
     """int64 values, contiguous; histories oldest to newest."""
     labels: Tensor
-    """``[B]`` float32, 0 or 1; ``[B, 1 + T]`` with T further tasks."""
+    """``[B]`` float32, 0 or 1; ``[B, 1 + T]`` with T further labels and tasks."""
     weights: Tensor
-    """``[B]`` float32, 1, or 0 for padding."""
+    """``[B]`` float32, 1 or what the log says, 0 for padding."""
     segment: Tensor
     """``[B]`` int64: popularity of the item, 0 head, 1 torso, 2 tail, 3 cold; -1 for padding."""
     history_lengths: Tensor
     """``[B]`` int64 events of each history, as cut to ``history_length``."""
     rows: dict[str, Tensor] = field(default_factory=dict)
-    """Values of items that are no single int64, by field: ``item_NAME`` ``[B, ...]``, ``history_NAME``
-    ``[events, ...]``, all histories one after the other."""
+    """What is no int64, by field: ``[B, ...]`` of an example, ``[events, ...]`` of histories, one after the
+    other."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RankingBatch:
         """A copy on ``device``."""

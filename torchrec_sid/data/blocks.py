@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from torchrec_sid.data.examples import BLOCKS_PER_FILE, EXAMPLE_SCHEMA, part_path
+from torchrec_sid.data.encoding import Jagged
+from torchrec_sid.data.examples import BLOCKS_PER_FILE, part_path
 from torchrec_sid.data.parquet import Array
-from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.data.prepared import PreparedLog, bucket_name
 from torchrec_sid.errors import ArtifactError, SidError
 
 Order = Literal["time", "shuffled"]
@@ -26,11 +29,13 @@ class BlockReader:
     Args:
         log: the prepared log.
         split: ``train``, ``valid`` or ``test``.
+        bucket: of users.
     """
 
-    def __init__(self, log: PreparedLog, split: str) -> None:
-        self.folder: Path = log.path / log.check_split(split)
-        self.rows = log.rows(split)
+    def __init__(self, log: PreparedLog, split: str, bucket: int = 0) -> None:
+        self.folder: Path = log.path / log.check_split(split) / bucket_name(bucket)
+        self.rows = log.rows(split, bucket)
+        self.floats = log.dense_names
         self.block_rows = log.block_rows
         self.blocks = -(-self.rows // self.block_rows)
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
@@ -56,7 +61,7 @@ class BlockReader:
             parts.append(random.permutation(blocks[blocks < full]))
         return np.concatenate([*parts, np.arange(full, self.blocks)])
 
-    def read(self, order: Array, begin: int, end: int, columns: list[str]) -> dict[str, Array]:
+    def read(self, order: Array, begin: int, end: int, columns: Sequence[str]) -> dict[str, Array | Jagged]:
         """Rows ``begin .. end`` of the sequence of blocks ``order``, column by column.
 
         Raises:
@@ -64,11 +69,13 @@ class BlockReader:
         """
         first, last = begin // self.block_rows, -(-end // self.block_rows)
         tables = [self._block(int(block), columns) for block in order[first:last]]
-        table = pa.concat_tables(tables) if tables else EXAMPLE_SCHEMA.empty_table().select(columns)
+        if not tables and not self.blocks:
+            return {name: np.empty(0, np.float32 if name in self.floats else np.int64) for name in columns}
+        table = pa.concat_tables(tables) if tables else self._block(0, columns)
         table = table.slice(begin - first * self.block_rows, end - begin)
-        return {name: table.column(name).to_numpy() for name in columns}
+        return {name: column_values(table.column(name)) for name in columns}
 
-    def _block(self, block: int, columns: list[str]) -> pa.Table:
+    def _block(self, block: int, columns: Sequence[str]) -> pa.Table:
         number, group = divmod(block, BLOCKS_PER_FILE)
         path = part_path(self.folder, number)
         try:
@@ -86,3 +93,14 @@ class BlockReader:
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
         return self._open[number]
+
+
+def column_values(column: pa.ChunkedArray) -> Array | Jagged:
+    """A column of examples: numbers, vectors ``[n, d]``, or several values a row."""
+    if pa.types.is_fixed_size_list(column.type):
+        flat = column.combine_chunks().flatten().to_numpy()
+        return np.asarray(flat).reshape(len(column), column.type.list_size)
+    if pa.types.is_list(column.type):
+        whole = column.combine_chunks()
+        return Jagged(whole.flatten().to_numpy(), pc.list_value_length(whole).to_numpy().astype(np.int64))
+    return np.asarray(column.to_numpy())

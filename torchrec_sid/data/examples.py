@@ -9,28 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_sid.data.histories import DENSE
 from torchrec_sid.data.parquet import Array
-from torchrec_sid.data.partition import EXAMPLE
-
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("user", pa.int64()),
-        ("item", pa.int32()),
-        ("ts", pa.int64()),
-        ("label", pa.int8()),
-        ("action", pa.int8()),
-        ("hist_begin", pa.int64()),
-        ("hist_end", pa.int64()),
-        ("segment", pa.int8()),
-        *((name, pa.float32()) for name in DENSE),
-        ("event", pa.int64()),
-    ]
-)
-"""Columns of train/, valid/ and test/; see docs/data.md."""
 
 SEGMENTS = ("head", "torso", "tail", "cold")
 """Popularity segments by training events; ``segment`` columns and tensors hold the position here."""
+
+SPLITS = ("train", "valid", "test")
 
 BLOCKS_PER_FILE = 1024
 """Row groups per file: enough that files are few, few enough that a footer is small."""
@@ -42,89 +26,84 @@ def part_path(folder: Path, file: int) -> Path:
 
 
 class ExampleWriter:
-    """Writes one split, block by block.
+    """Writes one bucket of one split, block by block.
 
     Args:
-        folder: of the split.
-        block_rows: rows per row group; only the split's last one may be smaller.
+        folder: of the bucket in the split.
+        block_rows: rows per row group; only the last one may be smaller.
         shuffle_window: permute the rows within windows of this many; 0 keeps their order.
         seed: of the permutation.
     """
 
-    def __init__(self, folder: Path, block_rows: int, shuffle_window: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, block_rows: int, shuffle_window: int = 0, seed: tuple[int, ...] = (0,)
+    ) -> None:
         folder.mkdir(parents=True)
         self.folder, self.block_rows = folder, block_rows
         self.shuffle_window = shuffle_window
-        self.rows = self.positives = self.first_ts = self.last_ts = 0
-        self.segments = np.zeros((2, 4), np.int64)  # rows, positives
-        self._random = np.random.default_rng([seed, 0x73687566])
-        self._window = np.empty(0, EXAMPLE)
-        self._rest = np.empty(0, EXAMPLE)
+        self.rows = 0
+        self._random = np.random.default_rng(seed)
+        self._window: list[pa.Table] = []
+        self._held = 0
+        self._rest: pa.Table | None = None
         self._blocks = 0
         self._file: pq.ParquetWriter | None = None
 
-    def add(self, examples: Array) -> None:
-        """Append EXAMPLE records ``[n]`` in order of time."""
-        if not len(examples):
+    def add(self, examples: pa.Table) -> None:
+        """Append examples in order of time."""
+        if not examples.num_rows:
             return
-        self.first_ts = self.first_ts if self.rows else int(examples["ts"][0])
-        self.last_ts = int(examples["ts"][-1])
-        self.rows += len(examples)
-        self.positives += int(examples["label"].sum())
-        self.segments[0] += np.bincount(examples["segment"], minlength=4)
-        self.segments[1] += np.bincount(examples["segment"][examples["label"] == 1], minlength=4)
+        self.rows += examples.num_rows
         if not self.shuffle_window:
             self._write(examples)
             return
-        self._window = np.concatenate([self._window, examples])
-        while len(self._window) >= self.shuffle_window:
+        self._window.append(examples)
+        self._held += examples.num_rows
+        while self._held >= self.shuffle_window:
             self._flush_window(self.shuffle_window)
-
-    def summary(self) -> dict[str, Any]:
-        """Counts for the manifest."""
-        segments = {
-            name: {"rows": int(rows), "positives": int(positives)}
-            for name, rows, positives in zip(SEGMENTS, *self.segments, strict=True)
-        }
-        own = ("rows", "positives", "first_ts", "last_ts")
-        return {name: getattr(self, name) for name in own} | {"segments": segments}
 
     def close(self) -> None:
         """Write what is left."""
-        self._flush_window(len(self._window))
-        if len(self._rest):
+        if self._held:
+            self._flush_window(self._held)
+        if self._rest is not None and self._rest.num_rows:
             self._write_blocks(self._rest)
         if self._file is not None:
             self._file.close()
 
     def _flush_window(self, rows: int) -> None:
-        window, self._window = self._window[:rows], self._window[rows:]
-        self._write(window[self._random.permutation(len(window))])
+        whole = pa.concat_tables(self._window)
+        rest = whole.slice(rows)
+        self._window, self._held = ([rest] if rest.num_rows else []), rest.num_rows
+        self._write(
+            whole.slice(0, rows).take(pa.array(self._random.permutation(min(rows, whole.num_rows))))
+        )
 
-    def _write(self, examples: Array) -> None:
-        examples = np.concatenate([self._rest, examples])
-        whole = len(examples) // self.block_rows * self.block_rows
-        self._write_blocks(examples[:whole])
-        self._rest = examples[whole:].copy()
+    def _write(self, examples: pa.Table) -> None:
+        if self._rest is not None:
+            examples = pa.concat_tables([self._rest, examples])
+        whole = examples.num_rows // self.block_rows * self.block_rows
+        self._write_blocks(examples.slice(0, whole))
+        self._rest = examples.slice(whole)
 
-    def _write_blocks(self, examples: Array) -> None:
-        while len(examples):
+    def _write_blocks(self, examples: pa.Table) -> None:
+        while examples.num_rows:
             if self._blocks % BLOCKS_PER_FILE == 0:
-                self._next_file()
+                self._next_file(examples.schema)
             room = (BLOCKS_PER_FILE - self._blocks % BLOCKS_PER_FILE) * self.block_rows
-            piece, examples = examples[:room], examples[room:]
+            piece, examples = examples.slice(0, room), examples.slice(room)
             assert self._file is not None
-            self._file.write_table(_table(piece), row_group_size=self.block_rows)
-            self._blocks += -(-len(piece) // self.block_rows)
+            self._file.write_table(piece.combine_chunks(), row_group_size=self.block_rows)
+            self._blocks += -(-piece.num_rows // self.block_rows)
 
-    def _next_file(self) -> None:
+    def _next_file(self, schema: pa.Schema) -> None:
         if self._file is not None:
             self._file.close()
         path = part_path(self.folder, self._blocks // BLOCKS_PER_FILE)
         # Checksums let a reader refuse a damaged block; encodings and statistics would only cost time.
         self._file = pq.ParquetWriter(
             path,
-            EXAMPLE_SCHEMA,
+            schema,
             compression="none",
             use_dictionary=False,
             write_statistics=False,
@@ -132,10 +111,49 @@ class ExampleWriter:
         )
 
 
-def _table(examples: Array) -> pa.Table:
-    dense = {name: examples["dense"][:, i] for i, name in enumerate(DENSE)}
-    columns = [
-        np.ascontiguousarray(dense[field.name] if field.name in dense else examples[field.name])
-        for field in EXAMPLE_SCHEMA
-    ]
-    return pa.table([pa.array(c) for c in columns], schema=EXAMPLE_SCHEMA)
+class SplitCounts:
+    """Counts of one split for the manifest, over all its buckets."""
+
+    def __init__(self) -> None:
+        self.rows = self.positives = 0
+        self.first_ts: int | None = None
+        self.last_ts: int | None = None
+        self.segments = np.zeros((2, 4), np.int64)
+        self.buckets: list[int] = []
+
+    def add(self, ts: Array, label: Array, segment: Array) -> None:
+        """Take rows ``[n]``."""
+        if not len(ts):
+            return
+        self.rows += len(ts)
+        self.positives += int(label.sum())
+        first, last = int(ts.min()), int(ts.max())
+        self.first_ts = first if self.first_ts is None else min(self.first_ts, first)
+        self.last_ts = last if self.last_ts is None else max(self.last_ts, last)
+        self.segments[0] += np.bincount(segment, minlength=4)
+        self.segments[1] += np.bincount(segment, label, minlength=4).astype(np.int64)
+
+    def summary(self) -> dict[str, Any]:
+        """For the manifest; ``buckets`` are the rows of each bucket."""
+        segments = {
+            name: {"rows": int(rows), "positives": int(positives)}
+            for name, rows, positives in zip(SEGMENTS, *self.segments, strict=True)
+        }
+        own = {"rows": self.rows, "positives": self.positives}
+        span = {"first_ts": self.first_ts or 0, "last_ts": self.last_ts or 0}
+        return own | span | {"buckets": self.buckets, "segments": segments}
+
+
+def popularity_segments(train_events: Array) -> Array:
+    """Training events per item ``[N]`` -> segment ``[N]`` int8, a position in ``SEGMENTS``.
+
+    Items in order of popularity: those that the first third of the events falls on are head (0), the
+    second third torso (1), the last third tail (2); items without a training event are cold (3).
+    """
+    order = np.argsort(-train_events, kind="stable")
+    counts = train_events[order]
+    before = np.cumsum(counts) - counts
+    segment = np.empty(len(train_events), np.int8)
+    segment[order] = np.minimum(3 * before // max(int(counts.sum()), 1), 2)
+    segment[train_events == 0] = 3
+    return segment

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_sid.data.schema import EVENTS, HISTORIES, ITEMS, LogFolder
+from torchrec_sid.artifact.place import Place
+from torchrec_sid.data.lake import file_hash
+from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.errors import ArtifactError
+
+TABLES = ("items", "events", "histories", "users")
+"""Tables of a log folder that examples are made of."""
 
 
 @dataclass(frozen=True)
@@ -16,25 +22,24 @@ class InputFiles:
     """Size, modification time and SHA-256 of each input file."""
 
     entries: dict[str, dict[str, Any]]
-    """File name -> ``bytes``, ``mtime_ns``, ``sha256``, as the manifest holds them."""
+    """Path below the folder -> ``bytes``, ``mtime_ns``, ``sha256``, as the manifest holds them."""
 
     @classmethod
-    def of(cls, folder: LogFolder, manifest: Path) -> InputFiles:
+    def of(cls, folder: LogFolder, known: dict[str, Any]) -> InputFiles:
         """Hash the files of a log; those unchanged since an earlier manifest are not read again.
 
         Args:
             folder: the log. Its embeddings count by which items have one, not by their values: examples
                 do not depend on them.
-            manifest: of an earlier preparation, if there is one.
+            known: entries of an earlier preparation.
         """
-        known: dict[str, Any] = {}
-        if manifest.is_file():
-            try:
-                known = json.loads(manifest.read_text())["inputs"]
-            except (json.JSONDecodeError, KeyError):
-                known = {}
-        paths = [folder.path / n for n in (ITEMS, EVENTS, HISTORIES) if (folder.path / n).is_file()]
-        return cls({path.name: _entry(path, known.get(path.name, {})) for path in paths})
+        entries = {}
+        for name in TABLES:
+            table = folder.table(name)
+            for file in () if table is None else table.files:
+                path = str(file).removeprefix(f"{folder.path}/")
+                entries[path] = _entry(file, known.get(path, {}))
+        return cls(entries)
 
     def fingerprint(self, version: int, config: dict[str, Any], folder: LogFolder) -> str:
         """SHA-256 (hex) of the contents, the configuration, the items and the layout version."""
@@ -45,11 +50,14 @@ class InputFiles:
         return digest.hexdigest()
 
 
-def _entry(path: Path, known: dict[str, Any]) -> dict[str, Any]:
-    status = path.stat()
-    same = known.get("bytes") == status.st_size and known.get("mtime_ns") == status.st_mtime_ns
-    if same and "sha256" in known:
-        return known
-    with path.open("rb") as file:
-        sha = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha}
+def _entry(file: Place, known: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(file, Path):
+        return {"bytes": file.size(), "mtime_ns": 0, "sha256": file_hash(file)}
+    try:
+        status = file.stat()
+        same = known.get("bytes") == status.st_size and known.get("mtime_ns") == status.st_mtime_ns
+        if same and "sha256" in known:
+            return known
+        return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": file_hash(file)}
+    except OSError as error:
+        raise ArtifactError(str(file), f"cannot be read ({error})", "Copy or write it again.") from error

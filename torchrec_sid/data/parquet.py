@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from torchrec_sid.artifact.place import Place, RemotePath
 from torchrec_sid.errors import ArtifactError, SidError
 
 Array = np.ndarray[Any, Any]
@@ -29,7 +29,7 @@ def _is_list(kind: Any) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def open_parquet(path: Path, columns: Mapping[str, str] | None = None) -> pq.ParquetFile:
+def open_parquet(path: Place, columns: Mapping[str, str] | None = None) -> pq.ParquetFile:
     """Open a Parquet file and check that it has these columns.
 
     Args:
@@ -44,7 +44,8 @@ def open_parquet(path: Path, columns: Mapping[str, str] | None = None) -> pq.Par
         raise ArtifactError(str(path), "no such file", "See docs/data.md for the files of a log folder.")
     try:
         # A buffered read keeps memory flat even where one row group holds the whole file.
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        opened = path.open_bytes() if isinstance(path, RemotePath) else path
+        file = pq.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactError(
             str(path), f"not a complete Parquet file ({error})", "Copy or write it again."
@@ -64,9 +65,9 @@ def open_parquet(path: Path, columns: Mapping[str, str] | None = None) -> pq.Par
 
 
 def scan(
-    file: pq.ParquetFile, path: Path, columns: list[str], rows: int = SCAN_ROWS
+    file: pq.ParquetFile, path: Place | str, columns: list[str] | None = None, rows: int = SCAN_ROWS
 ) -> Iterator[pa.RecordBatch]:
-    """Stream record batches of these columns.
+    """Stream record batches of these columns, or of all.
 
     Raises:
         ArtifactError: a page in the middle of the file cannot be read.
@@ -84,7 +85,7 @@ def scan(
         yield batch
 
 
-def integers(batch: pa.RecordBatch, name: str, path: Path, begin: int) -> Array:
+def integers(batch: pa.RecordBatch, name: str, path: Place, begin: int) -> Array:
     """One column of a batch as int64 ``[n]``; ``begin`` is the batch's first row in the file.
 
     Raises:
@@ -95,14 +96,14 @@ def integers(batch: pa.RecordBatch, name: str, path: Path, begin: int) -> Array:
     return column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
 
 
-def texts(batch: pa.RecordBatch, name: str, path: Path, begin: int) -> pa.Array:
+def texts(batch: pa.RecordBatch, name: str, path: Place, begin: int) -> pa.Array:
     """One text column of a batch, dictionary-encoded or not, as plain strings without nulls."""
     column = batch.column(name)
     _refuse_nulls(column, name, path, begin)
     return column.cast(pa.large_string())
 
 
-def _refuse_nulls(column: pa.Array, name: str, path: Path, begin: int) -> None:
+def _refuse_nulls(column: pa.Array, name: str, path: Place, begin: int) -> None:
     if column.null_count:
         row = begin + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise SidError(

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from torchrec_sid.data.events import SPLITS
-from torchrec_sid.data.examples import SEGMENTS
+from torchrec_sid.artifact import Contents, SealedFolder, open_folder
+from torchrec_sid.data.encoding import Jagged, table_of
+from torchrec_sid.data.examples import SEGMENTS, SPLITS
 from torchrec_sid.data.history_store import HistoryStore
 from torchrec_sid.data.parquet import Array
+from torchrec_sid.data.specification import CategoricalFeature, NumericFeature, Specification
 from torchrec_sid.errors import ArtifactError, SidError
 
-__all__ = ["LAYOUT_VERSION", "MANIFEST", "SEGMENTS", "PreparedLog"]
+__all__ = ["KIND", "LAYOUT_VERSION", "MANIFEST", "SEGMENTS", "PreparedLog"]
 
 MANIFEST = "manifest.json"
-LAYOUT_VERSION = 2
+KIND = "prepared_log"
+LAYOUT_VERSION = 3
+AGAIN = "Prepare the log again."
+
+
+def bucket_name(bucket: int) -> str:
+    """Folder of a bucket within a split or the history."""
+    return f"{bucket:05d}"
 
 
 @dataclass(frozen=True)
@@ -28,30 +38,27 @@ class PreparedLog:
 
     path: Path
     manifest: dict[str, Any]
-    """Version, fingerprint, configuration and counts; see docs/data.md."""
+    """Fingerprint, configuration and counts; see docs/data.md."""
 
     @classmethod
-    def open(cls, path: str | Path) -> PreparedLog:
+    def open(cls, path: str | Path, *, verify: bool = False) -> PreparedLog:
         """Open a prepared log.
 
+        Args:
+            path: the folder.
+            verify: read every byte and compare it with the manifest.
+
         Raises:
-            ArtifactError: none there, a newer layout, or damaged.
+            ArtifactError: none there, another layout, or damaged.
         """
-        path = Path(path)
-        file = path / MANIFEST
-        if not file.is_file():
-            raise ArtifactError(str(path), "not a prepared log", "Make it with torchrec_sid.data.prepare.")
-        try:
-            manifest = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ArtifactError(str(file), f"not JSON ({error})", "Prepare the log again.") from error
-        if manifest["version"] > LAYOUT_VERSION:
+        folder = open_prepared(path, verify=verify)
+        if folder.version != LAYOUT_VERSION:
             raise ArtifactError(
-                str(file),
-                f"has layout version {manifest['version']}, this release reads up to {LAYOUT_VERSION}",
-                "Upgrade torchrec-sid.",
+                f"{path}/{MANIFEST}",
+                f"has layout version {folder.version}, this release reads {LAYOUT_VERSION}",
+                f"{AGAIN} It is made of the log alone.",
             )
-        return cls(path, manifest)
+        return cls(Path(path), folder.config)
 
     def __getstate__(self) -> dict[str, Any]:
         # Mapped arrays would be copied into a worker process; it opens its own.
@@ -78,33 +85,81 @@ class PreparedLog:
         return self.manifest["block_rows"]
 
     @property
+    def buckets(self) -> int:
+        """Buckets of users, a power of two; each has its histories and its examples."""
+        return self.manifest["buckets"]
+
+    @property
     def dense_names(self) -> tuple[str, ...]:
-        """Names of the dense features."""
+        """Names of the dense features, counters included."""
         return tuple(self.manifest["dense"])
 
-    def rows(self, split: str) -> int:
-        """Examples in a split, sampled negatives included."""
-        return self.manifest["splits"][self.check_split(split)]["rows"]
+    @cached_property
+    def specification(self) -> Specification | None:
+        """What the log was prepared with; None: item, history and dense features alone."""
+        plain = self.manifest["specification"]
+        return None if plain is None else Specification.from_plain(plain, str(self.path))
+
+    def rows(self, split: str, bucket: int | None = None) -> int:
+        """Examples in a split or in one bucket of it, sampled negatives included."""
+        counts = self.manifest["splits"][self.check_split(split)]
+        return counts["rows"] if bucket is None else counts["buckets"][bucket]
 
     @cached_property
     def store(self) -> HistoryStore:
-        """The history store."""
-        return HistoryStore.open(self.path / "history")
+        """The history store of a log of one bucket.
+
+        Raises:
+            SidError: there are several.
+        """
+        if self.buckets > 1:
+            raise SidError(str(self.path), f"has {self.buckets} buckets", "Open each with bucket_store.")
+        return self.bucket_store(0)
+
+    def bucket_store(self, bucket: int) -> HistoryStore:
+        """The history store of one bucket of users."""
+        return HistoryStore.open(self.path / "history" / bucket_name(bucket))
 
     @cached_property
     def item_ids(self) -> Array:
-        """``[N]`` int64: the item id of each dense index."""
-        return self._item_array("id")
+        """``[N]`` int64: the item id of each dense index, as in ``LogFolder.item_ids``."""
+        return self._array("items", "id")
+
+    @cached_property
+    def item_keys(self) -> pa.Array:
+        """``[N]`` ids of the items as people write them, int64 or text."""
+        return self._keys("items", "item")
+
+    @cached_property
+    def user_keys(self) -> pa.Array:
+        """``[U]`` ids of the users as people write them, by dense user index."""
+        return self._keys("users", "user")
 
     @cached_property
     def item_train_events(self) -> Array:
         """``[N]`` int64: events of each item in train (without sampled negatives)."""
-        return self._item_array("train_events")
+        return self._array("items", "train_events")
 
     @cached_property
     def item_segment(self) -> Array:
         """``[N]`` int8: position in :data:`SEGMENTS`."""
-        return self._item_array("segment")
+        return self._array("items", "segment")
+
+    def item_feature(self, key: str) -> Array | Jagged:
+        """A feature of all items, ``[N]``, ``[N, d]``, or several values each."""
+        return self._feature("items", key)
+
+    def user_feature(self, key: str) -> Array | Jagged:
+        """A feature of all users, ``[U]``, ``[U, d]``, or several values each."""
+        return self._feature("users", key)
+
+    def vocabulary(self, table: str) -> pa.Array:
+        """Values of a table in the order of their rows, from row 2 on; row 0 is missing, 1 unknown."""
+        return self._read("vocabularies", table).column("value").combine_chunks()
+
+    def table_rows(self, feature: CategoricalFeature | NumericFeature) -> int:
+        """Rows of a feature's table."""
+        return self.manifest["features"]["rows"][table_of(feature)]
 
     def check_split(self, split: str) -> str:
         """The split's name, or SidError if there is no such split."""
@@ -112,10 +167,42 @@ class PreparedLog:
             raise SidError("split", f"{split!r}", f"Choose from {', '.join(SPLITS)}.")
         return split
 
-    def _item_array(self, name: str) -> Array:
-        file = self.path / "items" / f"{name}.npy"
+    def _feature(self, folder: str, key: str) -> Array | Jagged:
+        if (self.path / folder / f"{key}.values.npy").is_file():
+            offsets = self._array(folder, f"{key}.offsets")
+            return Jagged(self._array(folder, f"{key}.values"), np.diff(offsets))
+        return self._array(folder, key)
+
+    def _array(self, folder: str, name: str) -> Array:
+        file = self.path / folder / f"{name}.npy"
         try:
             values: Array = np.load(file, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise ArtifactError(str(file), f"cannot be read ({error})", "Prepare the log again.") from error
+            raise ArtifactError(str(file), f"cannot be read ({error})", AGAIN) from error
         return values
+
+    def _keys(self, folder: str, column: str) -> pa.Array:
+        return self._read(folder, "keys").column(column).combine_chunks()
+
+    def _read(self, folder: str, name: str) -> pa.Table:
+        file = self.path / folder / f"{name}.parquet"
+        try:
+            return pq.read_table(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ArtifactError(str(file), f"cannot be read ({error})", AGAIN) from error
+
+
+def open_prepared(path: str | Path, verify: bool = False) -> SealedFolder:
+    """The sealed folder of a prepared log, of this layout or an earlier one.
+
+    Raises:
+        ArtifactError: none there, of a later layout, or damaged.
+    """
+    return open_folder(
+        path,
+        kind=KIND,
+        version=LAYOUT_VERSION,
+        verify=verify,
+        remedy="Make it with torchrec_sid.data.prepare.",
+        earlier=lambda body, _: Contents(int(body["version"]), body, {}),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +15,31 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_sid.ages import age_bucket
 from torchrec_sid.data.batch import LOG_FIELDS, BatchConfig, RankingBatch
 from torchrec_sid.data.blocks import BlockReader, Order
+from torchrec_sid.data.encoding import Jagged, concatenated
+from torchrec_sid.data.example_features import (
+    Gathered,
+    columns_of,
+    gather,
+    log_features,
+    looks_up,
+    number_keys,
+    ranges,
+    weighs_examples,
+)
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
+from torchrec_sid.hashing import uniform
 
 
 class BatchReader:
     """Yields the batches of one rank: a slice of the global batches, the same for every world size.
 
-    A global batch is ``world_size * batch_size`` consecutive rows of the seeded sequence of blocks; rank
-    r takes its r-th ``batch_size`` rows, and reads only the blocks that hold them. So one process with
-    batch 2B sees in each step what two processes with batch B see together. Every rank yields the same
-    number of batches: an incomplete last global batch is dropped (train) or padded with weight 0.
+    A global batch of ``world_size * batch_size`` rows holds as many consecutive rows of every bucket of
+    users, in the seeded order of its blocks, bucket by bucket; rank r takes its r-th ``batch_size`` rows,
+    and reads only the buckets and blocks that hold them. So one process with batch 2B sees in each step
+    what two processes with batch B see together. Every rank yields as many batches: an incomplete
+    last global batch is dropped (train) or padded with weight 0, as is a bucket that ends before others.
 
     Args:
         log: a prepared log.
@@ -82,7 +95,7 @@ class BatchReader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose shuffle the next iteration uses."""
-        self._source.order = self._source.blocks.order(*self._order_args, epoch)
+        self._source.set_epoch(*self._order_args, epoch)
 
     @property
     def batches(self) -> int:
@@ -111,6 +124,16 @@ class BatchReader:
         return RankingBatch(features=features, rows=rows, **part)
 
 
+class _Piece(NamedTuple):
+    """Rows of one bucket of users in a batch."""
+
+    bucket: int
+    begin: int
+    """Position in the bucket's order of rows; those from the bucket's end on are padding."""
+    rows: int
+    """Padding included."""
+
+
 class _BatchSource(Dataset[Any]):
     """Batch number -> tensors; what a worker process runs."""
 
@@ -125,97 +148,181 @@ class _BatchSource(Dataset[Any]):
         item_values: Mapping[str, Array | Tensor],
     ) -> None:
         self.log, self.split, self.config = log, split, config
-        self.blocks = BlockReader(log, split)
-        self.order: Array = np.arange(self.blocks.blocks)
         self.rank, self.world_size = rank, world_size
-        rows = world_size * config.batch_size
-        self.batches = self.blocks.rows // rows if drop_last else -(-self.blocks.rows // rows)
+        self.seed = self.epoch = 0
+        self._open()
+        rows, buckets = world_size * config.batch_size, log.buckets
+        if rows % buckets:
+            raise SidError(
+                "batch_size",
+                f"{rows} over all ranks, the log has {buckets} buckets of users",
+                "Choose a multiple of them.",
+            )
+        self.per_bucket = rows // buckets
+        longest = max(log.rows(split, bucket) for bucket in range(buckets))
+        self.batches = longest // self.per_bucket if drop_last else -(-longest // self.per_bucket)
         if not self.batches:
             raise SidError(
                 f"batch_size of {split}",
-                f"{config.batch_size} on {world_size} ranks, {self.blocks.rows} rows in all",
+                f"{config.batch_size} on {world_size} ranks, {log.rows(split)} rows in all",
                 "Choose a smaller batch.",
             )
-        self.item_values = {name: _per_item(name, item_values, log) for name in config.item_values}
+        self.features = tuple(name for name in config.fields if name in log_features(log))
+        for name in config.fields:
+            if name not in (*LOG_FIELDS, *self.features) and not name.startswith(("item_", "history_")):
+                known = ", ".join((*LOG_FIELDS, *log_features(log), "item_NAME", "history_NAME"))
+                raise SidError("fields", f"{name!r}", f"Choose from {known}.")
+        own = {_value(name) for name in config.fields if name not in (*LOG_FIELDS, *self.features)}
+        self.item_values = {name: _per_item(name, item_values, log) for name in sorted(own)}
         self.rows = tuple(name for name in config.fields if self._is_row(name))
         self.keys = tuple(name for name in config.fields if name not in self.rows)
         if not self.keys:
             raise SidError("fields", f"{config.fields} are rows", f"Ask for one of {LOG_FIELDS} as well.")
+        self.numbers = number_keys(log)
         self.columns = ["item", "ts", "label", "hist_begin", "hist_end", "segment", *log.dense_names]
+        self.columns += [f"label_{name}" for name in config.labels]
         self.columns += ["action"] if config.tasks else []
-        self._process = os.getpid()
+        self.columns += ["weight"] if weighs_examples(log) else []
+        self.columns += columns_of(log, (*self.features, *self.numbers))
 
     def __len__(self) -> int:
         return self.batches
 
     def __getitem__(self, number: int) -> dict[str, Tensor] | SidError:
         if self._process != os.getpid():
-            # A forked worker opens its own files.
-            self.blocks, self._process = BlockReader(self.log, self.split), os.getpid()
-        begin = (number * self.world_size + self.rank) * self.config.batch_size
-        end = min(begin + self.config.batch_size, self.blocks.rows)
+            self._open()  # a forked worker opens its own files
         try:
-            rows = self.blocks.read(self.order, min(begin, end), end, self.columns)
-            return self._tensors(rows)
+            return _joined([self._tensors(piece) for piece in self._pieces(number)], self)
         except SidError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise
             return error
 
-    def _tensors(self, rows: dict[str, Array]) -> dict[str, Tensor]:
-        size = self.config.batch_size
-        dense = np.stack([rows[name] for name in self.log.dense_names], axis=1)
-        item = _pad(rows["item"].astype(np.int64), size)
-        begin, end = _pad(rows["hist_begin"], size), _pad(rows["hist_end"], size)
-        if self.config.history_length is not None:
-            begin = np.maximum(begin, end - self.config.history_length)
-        lengths = end - begin
-        out = {
-            "dense": torch.from_numpy(_pad(dense, size)),
-            "labels": torch.from_numpy(_pad(self._labels(rows), size)),
-            "weights": torch.from_numpy(_pad(np.ones(len(rows["label"]), np.float32), size)),
-            "segment": torch.from_numpy(_pad(rows["segment"].astype(np.int64), size, -1)),
-            "history_lengths": torch.from_numpy(lengths),
+    def set_epoch(self, order: Order, seed: int, epoch: int) -> None:
+        """Choose the shuffle, and the stream of what is dropped."""
+        self.seed, self.epoch = seed, epoch
+        self.order = {
+            bucket: BlockReader(self.log, self.split, bucket).order(order, seed, epoch)
+            for bucket in range(self.log.buckets)
         }
-        wanted = {name for name in self.config.fields if name.startswith("history")}
+
+    def _open(self) -> None:
+        self.blocks: dict[int, BlockReader] = {}
+        self._process = os.getpid()
+
+    def _pieces(self, number: int) -> Iterator[_Piece]:
+        """This rank's part of a global batch, which holds as many rows of every bucket, in turn."""
+        size, per = self.config.batch_size, self.per_bucket
+        begin, end = self.rank * size, (self.rank + 1) * size
+        for bucket in range(begin // per, -(-end // per)):
+            low, high = max(begin, bucket * per), min(end, (bucket + 1) * per)
+            yield _Piece(bucket, number * per + low - bucket * per, high - low)
+
+    def _tensors(self, piece: _Piece) -> dict[str, Array | Jagged]:
+        """Everything of one piece by name; KJT keys as values, or with their lengths."""
+        bucket, size, config = piece.bucket, piece.rows, self.config
+        blocks = self.blocks.setdefault(bucket, BlockReader(self.log, self.split, bucket))
+        end = min(piece.begin + size, blocks.rows)
+        rows = blocks.read(self.order[bucket], min(piece.begin, end), end, self.columns)
+        count = max(0, end - piece.begin)
+        padded = {name: _pad(values, size) for name, values in rows.items()}
+        begin, stop = _plain(padded["hist_begin"]), _plain(padded["hist_end"])
+        if config.history_length is not None:
+            begin = np.maximum(begin, stop - config.history_length)
+        lengths = stop - begin
+        store = self.log.bucket_store(bucket)
+        wanted = {name for name in config.fields if name.startswith("history")}
         at = ranges(begin, lengths) if wanted else np.empty(0, np.int64)
-        events = self.log.store.item[at] if wanted - {"history_action", "history_age"} else at
-        values: dict[str, Array] = {}
-        for name in self.keys:
-            values[name] = self._values(name, item, events, at, _pad(rows["ts"], size), lengths)
-        out["values"] = torch.from_numpy(np.concatenate(list(values.values())))
-        one = np.ones(size, np.int64)
-        all_lengths = [lengths if name.startswith("history") else one for name in values]
-        out["lengths"] = torch.from_numpy(np.concatenate(all_lengths))
-        for name in self.rows:
-            index = item if name.startswith("item") else events
-            out[name] = torch.from_numpy(np.ascontiguousarray(self.item_values[_value(name)][index]))
+        events = store.item[at] if wanted - {"history_action", "history_age"} else at
+        item = _plain(padded["item"]).astype(np.int64)
+        where = Gathered(padded, item, at, events, store)
+        weights = np.zeros(size, np.float32)
+        weights[:count] = _plain(rows["weight"]) if "weight" in rows else 1
+        segment = np.full(size, -1, np.int64)
+        segment[:count] = rows["segment"]
+        out: dict[str, Array | Jagged] = {
+            "dense": self._dense(where),
+            "labels": self._labels(padded),
+            "weights": weights,
+            "segment": segment,
+            "history_lengths": lengths,
+        }
+        ages = np.repeat(_plain(padded["ts"]), lengths)
+        slots = np.arange(piece.begin, piece.begin + size)
+        for name in config.fields:
+            found = self._field(name, where, ages, slots, lengths)
+            if name in self.keys and not isinstance(found, Jagged):
+                one = lengths if name.startswith("history") else np.ones(size, np.int64)
+                found = Jagged(found, one)
+            out[f"field_{name}"] = found
         return out
 
-    def _labels(self, rows: dict[str, Array]) -> Array:
-        label: Array = rows["label"].astype(np.float32)
-        if not self.config.tasks:
-            return label
-        further = [(rows["action"] >= action).astype(np.float32) for action in self.config.tasks]
-        return np.stack([label, *further], axis=1)
+    def _dense(self, where: Gathered) -> Array:
+        numbers = [_plain(where.columns[name]) for name in self.log.dense_names]
+        numbers += [_plain(gather(self.log, key, where)) for key in self.numbers]
+        return np.stack(numbers, axis=1).astype(np.float32, copy=False)
 
-    def _values(self, name: str, item: Array, events: Array, at: Array, ts: Array, lengths: Array) -> Array:
-        """int64 values of one KJT key."""
-        store = self.log.store
+    def _labels(self, rows: dict[str, Array | Jagged]) -> Array:
+        label = _plain(rows["label"]).astype(np.float32)
+        further = [_plain(rows[f"label_{name}"]).astype(np.float32) for name in self.config.labels]
+        further += [(_plain(rows["action"]) >= action).astype(np.float32) for action in self.config.tasks]
+        return np.stack([label, *further], axis=1) if further else label
+
+    def _field(
+        self, name: str, where: Gathered, ages: Array, slots: Array, lengths: Array
+    ) -> Array | Jagged:
+        if name in self.features:
+            found = gather(self.log, name, where)
+            return _plain(found)[:, None] if name in self.rows and not _is_wide(found) else found
         if name == "item":
-            return item
+            return where.item
         if name == "history":
-            return events.astype(np.int64)
+            return where.events.astype(np.int64)
         if name == "history_action":
-            return store.action[at].astype(np.int64)
+            return where.store.action[where.at].astype(np.int64)
         if name == "history_age":
-            return age_bucket(np.repeat(ts, lengths), store.ts[at])
-        return self.item_values[_value(name)][item if name.startswith("item") else events]
+            return age_bucket(ages, where.store.ts[where.at])
+        of_item = name.startswith("item")
+        found = self.item_values[_value(name)][where.item if of_item else where.events]
+        rate, instead = self.config.dropped.get(_value(name), (0.0, 0))
+        if rate:
+            key = (slots, 0) if of_item else (np.repeat(slots, lengths), _positions(lengths) + 1)
+            found = np.where(uniform(self.seed, self.epoch, *key) < rate, instead, found)
+        return np.ascontiguousarray(found)
 
     def _is_row(self, name: str) -> bool:
         if name in LOG_FIELDS:
             return False
+        if name in self.features:
+            return not looks_up(log_features(self.log)[name])
         return self.item_values[_value(name)].ndim > 1
+
+
+def _joined(pieces: list[dict[str, Array | Jagged]], source: _BatchSource) -> dict[str, Tensor]:
+    """The pieces of a batch, one after the other."""
+    whole = {name: concatenated([piece[name] for piece in pieces]) for name in pieces[0]}
+    fields = {name: whole.pop(f"field_{name}") for name in source.config.fields}
+    bags = [fields[name] for name in source.keys]
+    out = {name: torch.from_numpy(_plain(values)) for name, values in whole.items()}
+    jagged = [bag for bag in bags if isinstance(bag, Jagged)]
+    out["values"] = torch.from_numpy(np.concatenate([bag.values for bag in jagged]))
+    out["lengths"] = torch.from_numpy(np.concatenate([bag.lengths for bag in jagged]))
+    rows = {name: torch.from_numpy(np.ascontiguousarray(_plain(fields[name]))) for name in source.rows}
+    return out | rows
+
+
+def _plain(values: Array | Jagged) -> Array:
+    assert not isinstance(values, Jagged)
+    return values
+
+
+def _is_wide(values: Array | Jagged) -> bool:
+    return not isinstance(values, Jagged) and values.ndim > 1
+
+
+def _positions(lengths: Array) -> Array:
+    """Place of each event in its history, the newest 0."""
+    return np.repeat(np.cumsum(lengths), lengths) - np.arange(int(lengths.sum())) - 1
 
 
 def _value(field: str) -> str:
@@ -223,16 +330,12 @@ def _value(field: str) -> str:
     return field.partition("_")[2]
 
 
-def ranges(begin: Array, lengths: Array) -> Array:
-    """All positions ``begin[i] .. begin[i] + lengths[i]`` in turn: two ``[B]`` int64 -> ``[sum]`` int64."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(begin - before, lengths) + np.arange(int(lengths.sum()))
-
-
-def _pad(values: Array, size: int, fill: int = 0) -> Array:
+def _pad(values: Array | Jagged, size: int) -> Array | Jagged:
+    if isinstance(values, Jagged):
+        return Jagged(values.values, _plain(_pad(values.lengths, size)))
     if len(values) == size:
         return np.ascontiguousarray(values)
-    out = np.full((size, *values.shape[1:]), fill, values.dtype)
+    out = np.zeros((size, *values.shape[1:]), values.dtype)
     out[: len(values)] = values
     return out
 

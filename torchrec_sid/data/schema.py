@@ -13,9 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchrec_sid.data.embeddings import ContentSource, EmbeddingFile, find_embeddings, refuse_duplicates
-from torchrec_sid.data.parquet import Array, integers, open_parquet, scan
+from torchrec_sid.artifact.place import Place, RemotePath
+from torchrec_sid.data.embeddings import ContentSource, EmbeddingFile, find_embeddings
+from torchrec_sid.data.event_columns import named_column
+from torchrec_sid.data.lake import ParquetTable, exists, folder_at, keys_of, numbers_of, read_bytes
+from torchrec_sid.data.parquet import Array, open_parquet
+from torchrec_sid.data.specification import KeyColumns
 from torchrec_sid.errors import SidError
+from torchrec_sid.hashing import text_id
 from torchrec_sid.streams import EmbeddingStream
 
 ITEMS = "items.parquet"
@@ -63,33 +68,39 @@ class Category(NamedTuple):
 class LogFolder:
     """What :meth:`open` returns: a folder whose parts fit together."""
 
-    path: Path
+    path: Place
+    item_table: ParquetTable
+    """items.parquet."""
     item_ids: Array
-    """``[N]`` int64, in the order of items.parquet: items with an embedding in the default source."""
+    """``[N]`` int64, in the order of items.parquet: items with an embedding in the default source (all,
+    where the folder has no embeddings). Text ids stand here as :func:`~torchrec_sid.hashing.text_id`."""
+    item_keys: pa.Array
+    """``[N]`` the same as people write them: int64 or text."""
     item_rows: Array
     """``[N]`` int64: their rows in items.parquet."""
-    bare_ids: Array
-    """Sorted int64 ids of the items without an embedding in the default source."""
+    bare_keys: pa.Array
+    """Own ids of the items without an embedding in the default source."""
     drop_bare: bool
     """Whether events on those items are left out; if not, the first one is an error."""
     embedding_sources: dict[str, ContentSource]
-    default_source: str
-    """Source that is used where none is named."""
+    default_source: str | None
+    """Source that is used where none is named; None: the folder has no embeddings."""
 
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | Path | RemotePath,
         *,
         source: str | None = None,
         missing_embedding: MissingEmbedding | None = None,
         events: bool = True,
         whole: bool = False,
+        item_id: str | None = None,
     ) -> LogFolder:
         """Open a folder and check that its files fit together (cheap; see :meth:`validate` for the rest).
 
         Args:
-            path: the folder.
+            path: the folder, local or a URI.
             source: default source. Without it: ``default_source`` in dataset.json, else the source whose
                 text column (``text`` for content, ``text_<source>``) holds most text, else the first.
             missing_embedding: ``"drop"`` leaves out events on items without an embedding in the default
@@ -98,34 +109,40 @@ class LogFolder:
                 ``"error"``.
             events: whether there must be an events.parquet; quantizers need none.
             whole: keep items without an embedding in the default source too.
+            item_id: key of items.parquet; None: ``item_id`` or another name that people use.
 
         Raises:
             SidError: a missing column, a wrong type, a duplicate item id, a row count mismatch.
             ArtifactError: a missing or truncated file.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise SidError(str(path), "no such folder", "Pass a folder as docs/data.md describes it.")
+        path = folder_at(path)
         settings = _read_settings(path)
-        ids = _read_item_ids(path)
+        table = ParquetTable.find(path, "items")
+        key = named_column(table, "item_id", item_id or KeyColumns().item_id)
+        keys = keys_of(table.column(key), table.where, key, "Keep one row per item.")
+        if not len(keys):
+            raise SidError(table.where, "no items", "Write one row per item.")
+        ids = numbers_of(keys, table.where)
         if events:
-            open_parquet(path / EVENTS)
-        files = find_embeddings(path)
-        name = source or settings.get("default_source") or _richest(path, files)
-        if name not in {f.name for f in files}:
+            ParquetTable.find(path, "events")
+        files = find_embeddings(path, key)
+        name = source or settings.get("default_source") or _richest(path, table, files)
+        if name is not None and name not in {f.name for f in files}:
             raise SidError(
                 str(path), f"no embedding source {name!r}", f"Choose from {[f.name for f in files]}."
             )
         index = ItemIndex(ids)
         orders = {f.name: _order_of(f, ids, index) for f in files}
-        has = (orders[name] >= 0) | whole
+        has = np.ones(len(ids), bool) if name is None else (orders[name] >= 0) | whole
         rows = np.flatnonzero(has)
         sources = {f.name: _source(f, orders[f.name][rows]) for f in files}
-        declared = next(f.declared for f in files if f.name == name)
+        declared = next((f.declared for f in files if f.name == name), False)
         policy = missing_embedding or settings.get("missing_embedding") or ("drop" if declared else "error")
         if policy not in ("error", "drop"):
             raise SidError("missing_embedding", f"{policy!r}", "Choose 'error' or 'drop'.")
-        return cls(path, ids[rows], rows, np.sort(ids[~has]), policy == "drop", sources, name)
+        bare = keys.filter(pa.array(~has))
+        chosen = keys.take(pa.array(rows))
+        return cls(path, table, ids[rows], chosen, rows, bare, policy == "drop", sources, name)
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -140,9 +157,41 @@ class LogFolder:
         """Item id -> dense index."""
         return ItemIndex(self.item_ids)
 
+    @property
+    def text_ids(self) -> bool:
+        """Whether items have text for ids."""
+        return not pa.types.is_integer(self.item_keys.type)
+
+    def index_of(self, ids: pa.Array) -> Array:
+        """Own ids ``[n]``, of any type of id -> dense indices ``[n]`` int64, -1 for an unknown one."""
+        if not self.text_ids:
+            try:
+                return self.index(ids.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False))
+            except pa.ArrowInvalid:
+                return np.full(len(ids), -1, np.int64)
+        coded = ids.cast(pa.large_string()).dictionary_encode()
+        numbers = np.array([*map(text_id, coded.dictionary.to_pylist()), -1], np.int64)
+        return self.index(numbers)[coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+    def is_bare(self, ids: pa.Array) -> Array:
+        """``[n]`` bool: whether these own ids are of items without an embedding."""
+        return pc.is_in(ids.cast(self.bare_keys.type), value_set=self.bare_keys).to_numpy(
+            zero_copy_only=False
+        )
+
+    def table(self, name: str) -> ParquetTable | None:
+        """Another table of the folder (``events``, ``histories``, ``users``), None where it has none."""
+        return ParquetTable.find(self.path, name) if exists(self.path, name) else None
+
     def source(self, name: str | None = None) -> ContentSource:
-        """One embedding source; the default one without a name."""
+        """One embedding source; the default one without a name.
+
+        Raises:
+            SidError: there is none.
+        """
         name = name or self.default_source
+        if name is None:
+            raise SidError(str(self.path), "no embeddings", "Add item_emb.npy [N, d]; see docs/data.md.")
         if name not in self.embedding_sources:
             raise SidError(str(self.path), f"no embedding source {name!r}", f"Choose from {self.sources}.")
         return self.embedding_sources[name]
@@ -157,10 +206,9 @@ class LogFolder:
 
     def item_column(self, name: str) -> pa.Array | None:
         """One column of items.parquet for the N items, or None if there is no such column."""
-        file = open_parquet(self.path / ITEMS)
-        if name not in file.schema_arrow.names:
+        if name not in self.item_table.names:
             return None
-        column = file.read(columns=[name]).column(0).combine_chunks()
+        column = self.item_table.column(name)
         return column if len(column) == len(self) else column.take(pa.array(self.item_rows))
 
     def texts(self, rows: Sequence[int] | Array | None = None) -> list[str]:
@@ -171,7 +219,7 @@ class LogFolder:
         """
         column = next((c for c in map(self.item_column, ("title", "text")) if c is not None), None)
         if column is None:
-            column = pa.array(self.item_ids.astype(str))
+            column = self.item_keys.cast(pa.large_string())
         chosen = column if rows is None else column.take(pa.array(np.asarray(rows, np.int64)))
         return [str(value or "") for value in chosen.to_pylist()]
 
@@ -187,16 +235,8 @@ class LogFolder:
         """
         column = self.item_column(name)
         if column is None:
-            raise SidError(str(self.path / ITEMS), f"no column {name!r}", "Name a category column.")
-        try:
-            values = column.cast(pa.large_string()).fill_null("")
-        except pa.ArrowNotImplementedError as error:
-            raise SidError(
-                str(self.path / ITEMS), f"column {name!r} has type {column.type}", "Use text or integers."
-            ) from error
-        lists = pc.split_pattern(values, separator) if separator else None
-        flat = values if lists is None else lists.flatten()
-        items = np.arange(len(self)) if lists is None else pc.list_parent_indices(lists).to_numpy()
+            raise SidError(self.item_table.where, f"no column {name!r}", "Name a category column.")
+        flat, items = _category_values(column, separator, f"{self.item_table.where}, column {name!r}")
         encoded = flat.dictionary_encode()
         names = np.array(encoded.dictionary.to_pylist(), dtype=object)
         order = np.argsort(names)
@@ -221,7 +261,7 @@ class LogFolder:
         groups = column.to_numpy(zero_copy_only=False)
         if groups.dtype.kind not in "iu" or not bool(np.isin(groups, (0, 1, 2)).all()):
             raise SidError(
-                str(self.path / ITEMS), "cold_holdout holds other values than 0, 1, 2", "See docs/data.md."
+                self.item_table.where, "cold_holdout holds other values than 0, 1, 2", "See docs/data.md."
             )
         return groups.astype(np.int8)
 
@@ -236,12 +276,12 @@ class LogFolder:
                 pass
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Place) -> dict[str, Any]:
     file = path / SETTINGS
     if not file.is_file():
         return {}
     try:
-        settings = json.loads(file.read_text())
+        settings = json.loads(read_bytes(file))
     except json.JSONDecodeError as error:
         raise SidError(str(file), f"not JSON ({error})", "Mend or remove it.") from error
     known = {"default_source", "missing_embedding"}
@@ -250,29 +290,35 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_item_ids(path: Path) -> Array:
-    file = path / ITEMS
-    parquet = open_parquet(file, {"item_id": "integer"})
-    begin, parts = 0, [np.empty(0, np.int64)]
-    for batch in scan(parquet, file, ["item_id"]):
-        parts.append(integers(batch, "item_id", file, begin))
-        begin += len(batch)
-    ids = np.concatenate(parts)
-    if not len(ids):
-        raise SidError(str(file), "no items", "Write one row per item.")
-    refuse_duplicates(ids, file)
-    return ids
+def _category_values(column: pa.Array, separator: str | None, where: str) -> tuple[pa.Array, Array]:
+    """Texts of a category column and the item of each: trimmed, without missing ones."""
+    items = np.arange(len(column))
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        items, column = pc.list_parent_indices(column).to_numpy(), column.flatten()
+    try:
+        if pa.types.is_floating(column.type):
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+        values = column.cast(pa.large_string()).fill_null("")
+    except pa.ArrowNotImplementedError as error:
+        raise SidError(where, f"has type {kind}", "Use text, integers, or lists of them.") from error
+    if separator:
+        lists = pc.split_pattern(values, separator)
+        items, values = items[pc.list_parent_indices(lists).to_numpy()], lists.flatten()
+    return pc.utf8_trim_whitespace(values), items
 
 
-def _richest(path: Path, files: tuple[EmbeddingFile, ...]) -> str:
-    """The source with most text behind it, by the uncompressed bytes that the Parquet footer states."""
-    metadata = open_parquet(path / ITEMS).metadata
+def _richest(path: Place, table: ParquetTable, files: tuple[EmbeddingFile, ...]) -> str | None:
+    """The source with most text behind it, by the uncompressed bytes that the Parquet footers state."""
+    if not files:
+        return None
     sizes: dict[str, int] = {}
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            name = chunk.path_in_schema
-            sizes[name] = sizes.get(name, 0) + chunk.total_uncompressed_size
+    for metadata in (open_parquet(file).metadata for file in table.files):
+        for group in range(metadata.num_row_groups):
+            for column in range(metadata.num_columns):
+                chunk = metadata.row_group(group).column(column)
+                name = chunk.path_in_schema
+                sizes[name] = sizes.get(name, 0) + chunk.total_uncompressed_size
     column_of = {f.name: "text" if f.name == "content" else f"text_{f.name}" for f in files}
     return max(files, key=lambda f: sizes.get(column_of[f.name], 0)).name
 
@@ -284,7 +330,8 @@ def _order_of(file: EmbeddingFile, ids: Array, index: ItemIndex) -> Array:
             raise SidError(
                 str(file.path),
                 f"{file.rows} rows for {len(ids)} items",
-                f"Write one row per row of {ITEMS}, or name the items in {file.path.stem}_rows.parquet.",
+                f"Write one row per row of {ITEMS}, or name the items in "
+                f"{file.path.name.rpartition('.')[0]}_rows.parquet.",
             )
         return np.arange(len(ids))
     at = index(file.keys)

@@ -16,6 +16,7 @@ from torchrec_sid.models.channels import Arm, ChannelInputs, arm_named
 from torchrec_sid.models.dlrm import HistoryDLRM, HistoryDLRMTrain
 from torchrec_sid.models.embedder import SumOfEmbedders
 from torchrec_sid.models.encoder import EncoderConfig, HistoryEncoder
+from torchrec_sid.models.feature_fields import EventFeatures, FeatureFields, FeatureInputs
 from torchrec_sid.models.stores import IdStore, ItemStore
 from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 
@@ -87,6 +88,12 @@ class LogSizes(NamedTuple):
     """``[2, F]`` mean and standard deviation of the dense features; None: they are not standardised."""
     ages: int = HISTORY_AGES
     """Values of ``history_age``."""
+    features: FeatureInputs = FeatureInputs()
+    """What else the log has, beside item ids and dense features."""
+    labels: tuple[str, ...] = ()
+    """Names of the log's labels after the first."""
+    label_weights: tuple[float, ...] = ()
+    """Of the losses of all labels, the first one's too; none: 1 each."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,13 @@ class Ranking:
     """Batch fields that it reads."""
     tasks: tuple[int, ...] = ()
     """Actions of its further labels."""
+    labels: tuple[str, ...] = ()
+    """Names of the log's labels after the first, which come before those of actions."""
 
     @property
     def task_names(self) -> tuple[str, ...]:
         """What its further heads predict."""
-        return tuple(f"action >= {action}" for action in self.tasks)
+        return (*self.labels, *(f"action >= {action}" for action in self.tasks))
 
     @property
     def bytes_per_event(self) -> int:
@@ -127,6 +136,7 @@ def build_ranking(
     *,
     positive_weight: float = 1.0,
     autocast: torch.dtype | None = None,
+    groups: tuple[str, ...] = (),
     device: torch.device | None = None,
 ) -> Ranking:
     """Build the model; random numbers come from torch's global generator.
@@ -137,6 +147,7 @@ def build_ranking(
         stores: what its items are, for the channels of the arm; others are left out.
         positive_weight: weight of label 1 in the loss.
         autocast: dtype of the dense part's products; None: float32.
+        groups: keys of features whose value metrics are sliced by.
         device: where it is built.
 
     Raises:
@@ -159,7 +170,7 @@ def build_ranking(
         device=device,
     )
     model = HistoryDLRM(
-        _channels(config, arm, inputs),
+        {**_channels(config, arm, inputs), **_features(sizes.features, inputs)},
         len(sizes.dense_names),
         config.dim,
         dense_layers=config.dense_layers,
@@ -167,17 +178,30 @@ def build_ranking(
         interaction=config.interaction,
         cross_layers=config.cross_layers,
         cross_rank=config.cross_rank,
-        tasks=1 + len(config.tasks),
+        tasks=1 + len(sizes.labels) + len(config.tasks),
         dense_statistics=sizes.dense_statistics,
         device=device,
     )
-    fields = [*arm.item_fields, "history_action", "history_age"]
+    fields = [*arm.item_fields, "history_action", "history_age", *sizes.features.keys]
     if not config.history_length:
         # A batch carries some feature, even where the model reads none.
         fields = [name for name in fields if not name.startswith("history")] or ["item"]
     read = tuple(inputs.store(store) for store in arm.stores)
-    module = HistoryDLRMTrain(model, positive_weight, autocast)
-    return Ranking(module, arm, read, tuple(fields), tuple(config.tasks))
+    weights = (*sizes.label_weights, *(1.0 for _ in config.tasks)) if sizes.label_weights else ()
+    module = HistoryDLRMTrain(model, positive_weight, weights, groups, autocast)
+    return Ranking(module, arm, read, tuple(fields), tuple(config.tasks), sizes.labels)
+
+
+def _features(features: FeatureInputs, inputs: ChannelInputs) -> dict[str, ItemChannel]:
+    """Channels of features, which every arm has."""
+    common = (inputs.dim, inputs.init_scale, inputs.device)
+    channels: dict[str, ItemChannel] = {}
+    if features.tables or features.vectors:
+        channels["features"] = FeatureFields(features.tables, features.vectors, *common)
+    if inputs.history is not None and (features.event_tables or features.event_vectors):
+        events = EventFeatures(features.event_tables, features.event_vectors, *common)
+        channels["event_features"] = EmbeddedChannel(events, inputs.attention())
+    return channels
 
 
 def _channels(config: RankingConfig, arm: Arm, inputs: ChannelInputs) -> dict[str, ItemChannel]:

@@ -19,7 +19,7 @@ from torchrec_sid.models.content import (
     ContentTower,
 )
 from torchrec_sid.models.embedder import Embedder, ItemEmbedder, SideEmbedder
-from torchrec_sid.models.stores import ContentStore, IdStore, ItemStore, SideStore, SidStore
+from torchrec_sid.models.stores import ContentStore, IdStore, ItemStore, KnownIdStore, SideStore, SidStore
 from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 from torchrec_sid.plugins import Registry
 from torchrec_sid.spec import SidSpec
@@ -132,6 +132,23 @@ def _full_id(inputs: ChannelInputs) -> ItemEmbedder:
     )
 
 
+def _known_id(inputs: ChannelInputs) -> ItemEmbedder:
+    common: dict[str, Any] = {
+        "num_embeddings": inputs.items + 1,
+        "embedding_dim": inputs.dim,
+        "init_fn": inputs.initialise,
+    }
+    bag = EmbeddingBagConfig(name="t_item_known", feature_names=["item_known"], **common)
+    sequence = EmbeddingConfig(name="t_history_known", feature_names=["history_known"], **common)
+    return ItemEmbedder(
+        EmbeddingBagCollection(tables=[bag], device=inputs.device),
+        EmbeddingCollection(tables=[sequence], device=inputs.device)
+        if inputs.history is not None
+        else None,
+        "history_known",
+    )
+
+
 def _dense(inputs: ChannelInputs) -> ItemEmbedder:
     content = inputs.store(ContentStore).content
 
@@ -230,6 +247,7 @@ _BY_ID, _BY_SID, _BY_BYTES = (
 _CATALOG = ("catalog",)
 
 register_channel(Channel("full_id", IdStore, (), _BY_ID, _full_id))
+register_channel(Channel("known_id", KnownIdStore, (), ("item_known", "history_known"), _known_id))
 register_channel(Channel("random_hash", IdStore, (), _BY_ID, _random_hash))
 register_channel(Channel("dense", ContentStore, (), _BY_ID, _dense))
 for _name, _scheme in (

@@ -46,6 +46,8 @@ class RankingOutput(NamedTuple):
     """``[B]``, 0 for padding."""
     segment: Tensor
     """``[B]`` int64."""
+    groups: tuple[Tensor, ...] = ()
+    """``[B]`` int64 each: rows of the categorical features that metrics are sliced by."""
 
 
 def by_task(values: Tensor) -> tuple[Tensor, ...]:
@@ -214,11 +216,11 @@ class CrossInteraction(nn.Module):
 class HistoryDLRMTrain(nn.Module):
     """Adds the loss: :class:`ExampleBatch` -> (weighted mean cross-entropy, RankingOutput).
 
-    Several tasks weigh the same.
-
     Args:
         model: what is trained.
         positive_weight: weight of label 1 in the loss.
+        task_weights: of the losses of the tasks; none: 1 each.
+        groups: keys of categorical features, of one value each, that metrics are sliced by.
         autocast: dtype of the dense part's products; None: float32.
 
     Raises:
@@ -226,13 +228,20 @@ class HistoryDLRMTrain(nn.Module):
     """
 
     def __init__(
-        self, model: HistoryDLRM, positive_weight: float = 1.0, autocast: torch.dtype | None = None
+        self,
+        model: HistoryDLRM,
+        positive_weight: float = 1.0,
+        task_weights: tuple[float, ...] = (),
+        groups: tuple[str, ...] = (),
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not positive_weight > 0:
             raise SidError("positive_weight", str(positive_weight), "Give a positive weight.")
         self.model = model
         self.positive_weight = positive_weight
+        self.task_weights = task_weights
+        self.groups = groups
         self.autocast = autocast
 
     def forward(self, batch: ExampleBatch) -> tuple[Tensor, RankingOutput]:
@@ -242,11 +251,18 @@ class HistoryDLRMTrain(nn.Module):
             logits = self.model(batch.dense, batch.features, batch.rows).float()
         several = len(self.model.tasks) > 1
         weights = batch.weights.unsqueeze(1).expand_as(logits) if several else batch.weights
+        if several and self.task_weights:
+            weights = weights * weights.new_tensor(self.task_weights)
         if self.positive_weight != 1:
             weights = weights * (1 + (self.positive_weight - 1) * batch.labels)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
             logits, batch.labels, weight=weights, reduction="sum"
         ) / weights.sum().clamp(min=1)
         return loss, RankingOutput(
-            loss.detach(), logits.detach(), batch.labels, batch.weights, batch.segment
+            loss.detach(),
+            logits.detach(),
+            batch.labels,
+            batch.weights,
+            batch.segment,
+            tuple(batch.features[key].values() for key in self.groups),
         )

@@ -41,6 +41,8 @@ class ItemSource:
     """Option -> path of an artefact."""
     content: Callable[[], Tensor]
     """Opens the log's ``[N, d]`` content embeddings."""
+    seen: Tensor
+    """``[N]`` bool: items with a training event."""
 
     def path(self, option: str) -> str:
         """The path that an option gives.
@@ -71,6 +73,8 @@ class ItemStore(ABC):
     """Name -> ``[N, ...]``, one row per dense item index."""
     catalogs: Mapping[str, SidCatalog] = field(default_factory=dict)
     """Those behind it, by their option."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Names of those values that training drops at random, and what then stands in their place."""
     marks: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of further artefacts that weights depend on, by option."""
 
@@ -109,6 +113,26 @@ class IdStore(ItemStore):
     def open(cls, source: ItemSource) -> IdStore:
         """Nothing to open."""
         return cls()
+
+    @property
+    def bytes_per_event(self) -> int:
+        """A raw id."""
+        return RAW_ID_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownIdStore(ItemStore):
+    """The dense item index, or N for an item without a training event: the value ``known``."""
+
+    kind = "known_id"
+    needs = "which items training saw"
+
+    @classmethod
+    def open(cls, source: ItemSource) -> KnownIdStore:
+        """Number the items that training saw."""
+        items = len(source.seen)
+        known = torch.where(source.seen, torch.arange(items), items)
+        return cls(values={"known": known}, dropped={"known": items})
 
     @property
     def bytes_per_event(self) -> int:

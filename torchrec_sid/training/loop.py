@@ -219,6 +219,7 @@ class TrainingLoop:
         batch_size: int,
         on_batch: Callable[[RankingOutput], None] | None = None,
         tasks: Sequence[str] = (),
+        groups: Mapping[str, Sequence[str]] | None = None,
     ) -> dict[str, SliceMetrics]:
         """Metrics by slice over ``batches``, the same on every rank; of further tasks over all rows.
 
@@ -227,6 +228,8 @@ class TrainingLoop:
             batch_size: rows per rank and batch.
             on_batch: called with what the model says of each batch.
             tasks: names of the model's heads after the first.
+            groups: key -> names of its rows, of the features that the model's output is grouped by, in its
+                order; adds ``KEY=NAME`` for each.
 
         Raises:
             SidError: a rank has fewer batches than another, on every rank: some rows would not count.
@@ -241,6 +244,17 @@ class TrainingLoop:
         rows = len(batches) * batch_size * self.ranks.size
         slices: list[Mapping[str, tuple[str, ...]]] = [SLICES, *({name: SEGMENTS} for name in tasks)]
         heads = [SlicedMetrics(rows, batch_size, self.ranks, s, device=self.device) for s in slices]
+        by_value = [
+            SlicedMetrics(
+                rows,
+                batch_size,
+                self.ranks,
+                {f"{key}={name}": (name,) for name in names},
+                names,
+                self.device,
+            )
+            for key, names in (groups or {}).items()
+        ]
         self.model.eval()
         with torch.no_grad():
             for output in self._progress(batches):
@@ -255,7 +269,14 @@ class TrainingLoop:
                         weights=output.weights,
                         segment=output.segment,
                     )
-        return {name: metrics for head in heads for name, metrics in head.compute().items()}
+                for metrics, row in zip(by_value, output.groups, strict=True):
+                    metrics.update(
+                        predictions=torch.sigmoid(by_task(output.logits)[0].double()),
+                        labels=by_task(output.labels)[0],
+                        weights=output.weights,
+                        segment=row,
+                    )
+        return {name: found for part in (*heads, *by_value) for name, found in part.compute().items()}
 
     def _write(self, checkpoints: CheckpointManager) -> None:
         metadata = {**self.metadata, "position": asdict(self.position), "metrics": self._metrics()}

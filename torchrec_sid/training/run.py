@@ -18,10 +18,11 @@ from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.schema import LogFolder
-from torchrec_sid.data.statistics import mean_history, measure_log
+from torchrec_sid.data.specification import Specification
+from torchrec_sid.data.statistics import mean_history
 from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SliceMetrics
-from torchrec_sid.models.build import LogSizes, Ranking, build_ranking
+from torchrec_sid.models.build import Ranking, build_ranking
 from torchrec_sid.models.channels import arm_named
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.models.stores import ItemSource, ItemStore
@@ -35,6 +36,7 @@ from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.training.early_stopping import EarlyStopping
+from torchrec_sid.training.log_features import group_names, log_sizes
 from torchrec_sid.training.loop import Position, TrainingLoop
 from torchrec_sid.training.schedule import RateSchedule, clip_gradients, make_dense_optimizer
 from torchrec_sid.training.train_config import TrainConfig
@@ -49,7 +51,12 @@ PREDICTIONS = "predictions"
 def open_log(config: TrainConfig, ranks: Ranks) -> PreparedLog:
     """Prepare the log where it is not up to date, on rank 0, and open it."""
     out = Path(config.prepared or Path(config.output) / "prepared")
-    ranks.first(lambda: prepare(config.data, out, PrepareConfig()).fingerprint, where=config.data)
+    file = config.specification
+    specification = None if file is None else Specification.read(file)
+    ranks.first(
+        lambda: prepare(config.data, out, PrepareConfig(), specification=specification).fingerprint,
+        where=config.data,
+    )
     return PreparedLog.open(out)
 
 
@@ -69,6 +76,7 @@ def open_stores(config: TrainConfig, log: PreparedLog) -> tuple[ItemStore, ...]:
         torch.from_numpy(np.array(log.item_ids)),
         config.options,
         lambda: _content(config),
+        torch.from_numpy(np.array(log.item_train_events) > 0),
     )
     stores: Iterable[ItemStore] = (kind.open(source) for kind in arm.stores)
     if config.shuffle_sids:
@@ -112,12 +120,6 @@ def run_identity(config: TrainConfig, log: PreparedLog, stores: Iterable[ItemSto
 # Stage 3: the model.
 
 
-def log_sizes(log: PreparedLog) -> LogSizes:
-    """What a model needs to know of a log, measured on its training rows."""
-    measured = measure_log(log)
-    return LogSizes(log.items, log.actions, log.dense_names, measured.action_values, measured.dense)
-
-
 def build_run(
     config: TrainConfig,
     log: PreparedLog,
@@ -128,10 +130,11 @@ def build_run(
     torch.manual_seed(config.seed)
     return build_ranking(
         config.model,
-        log_sizes(log),
+        log_sizes(log, config.model.dim),
         stores,
         positive_weight=config.positive_weight,
         autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+        groups=config.slices,
         device=device,
     )
 
@@ -216,7 +219,12 @@ class Run:
         return BatchReader(
             self.log,
             split,
-            batch_config(self.ranking, self.batch_size, self.config.model.history_length),
+            batch_config(
+                self.ranking,
+                self.batch_size,
+                self.config.model.history_length,
+                self.config.id_dropout if split == "train" else 0.0,
+            ),
             rank=self.ranks.rank,
             world_size=self.ranks.size,
             epoch=epoch,
@@ -230,7 +238,10 @@ class Run:
         self, split: str, on_batch: Callable[[RankingOutput], None] | None = None
     ) -> dict[str, SliceMetrics]:
         """Metrics by slice of a split, the same on every rank."""
-        return self.loop.evaluate(self.read(split), self.batch_size, on_batch, self.ranking.task_names)
+        groups = {key: group_names(self.log, key) for key in self.config.slices}
+        return self.loop.evaluate(
+            self.read(split), self.batch_size, on_batch, self.ranking.task_names, groups
+        )
 
     def load_trained(self) -> Position:
         """Take the state that a training ended with: the best where validation chose, else the newest."""
@@ -349,9 +360,26 @@ def trained_directory(output: Path) -> Path:
     return best if best.is_dir() else output / "checkpoints"
 
 
-def batch_config(ranking: Ranking, batch_size: int, history_length: int) -> BatchConfig:
-    """How to read batches of ``batch_size`` rows per rank for a model."""
-    return BatchConfig(batch_size, max(1, history_length), ranking.fields, ranking.tasks)
+def batch_config(
+    ranking: Ranking, batch_size: int, history_length: int, id_dropout: float = 0.0
+) -> BatchConfig:
+    """How to read batches of ``batch_size`` rows per rank for a model.
+
+    Args:
+        ranking: what is read.
+        batch_size: rows per rank.
+        history_length: most recent events kept.
+        id_dropout: share of item ids that become unknown, where the arm knows an unknown item.
+    """
+    dropped = {name: (id_dropout, row) for store in ranking.stores for name, row in store.dropped.items()}
+    return BatchConfig(
+        batch_size,
+        max(1, history_length),
+        ranking.fields,
+        ranking.labels,
+        ranking.tasks,
+        dropped if id_dropout else {},
+    )
 
 
 def _steps(config: TrainConfig, log: PreparedLog) -> int:

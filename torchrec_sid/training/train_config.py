@@ -23,6 +23,8 @@ class TrainConfig:
     """Run directory: configuration, plan, metrics, checkpoints, TensorBoard."""
     prepared: str | None = None
     """Folder of the prepared log, made there if it is not up to date; default: OUTPUT/prepared."""
+    specification: str | None = None
+    """Description of the log's features and labels (YAML), see docs/your_data.md."""
     catalog: str | None = None
     """SidCatalog, for channels with tables over SIDs."""
     pieces: str | None = None
@@ -69,12 +71,16 @@ class TrainConfig:
     """Weight of examples with label 1 in the loss, against 1 for label 0."""
     batch_size: int = 512
     """Rows per step over all processes."""
+    id_dropout: float = 0.05
+    """Share of item ids that the channel known_id takes for unknown in training."""
     epochs: int = 1
     """Passes over the training events."""
     max_steps: int | None = None
     """Stop after this many steps."""
     evaluate_on: str = "test"
     """Split of the final metrics: valid or test."""
+    slices: tuple[str, ...] = ()
+    """Categorical features of the specification by whose values metrics are given too."""
     evaluate_every: int | Literal["epoch"] | None = None
     """Evaluate on the validation split after so many steps, or after each epoch. The state with the best NE
     is kept in OUTPUT/best, and the run ends with it."""
@@ -102,6 +108,8 @@ class TrainConfig:
     """Steps to profile; writes traces and their parts to OUTPUT/profile."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.id_dropout < 1:
+            raise SidError("id_dropout", str(self.id_dropout), "Give a share from 0 to below 1.")
         every = self.evaluate_every
         if isinstance(every, int) and every < 1:
             raise SidError("evaluate_every", str(every), "Give a number of steps, epoch, or leave it out.")
