@@ -15,24 +15,13 @@ from rich.table import Table
 
 from torchrec_sid.artifact import load_artifact, write_atomically, write_json
 from torchrec_sid.data.prepared import PreparedLog
+from torchrec_sid.models.channels import arm_named
 from torchrec_sid.training.run import PREDICTIONS
 
 from .harness import Trained
 from .pages import Point, embedded, scatter, write_page
 
 _SLICES = ("all", "warm", "cold", "head", "torso", "tail")
-_CHANNELS = {
-    "none": "no item at all: actions, times and dense features alone",
-    "full_id": "a table with a row for every item id",
-    "random_hash": "item ids hashed into the rows of a smaller table: the usual remedy, and the control",
-    "dense": "the content embedding itself, through a small tower",
-    "hashed_prefix": "a table over the prefixes of the item's SID, from coarse to fine",
-    "per_level": "a table over each code of the SID by itself",
-    "bigram": "a table over pairs of neighbouring codes of the SID",
-    "sentencepiece": "a table over pieces of the SID that are frequent in the traffic",
-    "side": "the SID's codes turned into vectors and similarities without a table (SIDE)",
-}
-"""Channel of an arm -> how the ranker gets to know an item."""
 
 
 class Column(NamedTuple):
@@ -122,7 +111,10 @@ def summarise(trained: Trained) -> dict[str, Any]:
 
 def explain(arm: str) -> str:
     """In a line, how the ranker of an arm gets to know an item."""
-    return "; and ".join(_CHANNELS.get(channel, f"the channel {channel}") for channel in arm.split("+"))
+    channels = arm_named(arm).channels
+    if not channels:
+        return "no item at all: actions, times and dense features alone"
+    return "; and ".join(channel.about or f"the channel {channel.name}" for channel in channels)
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:

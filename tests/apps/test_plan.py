@@ -159,7 +159,7 @@ def test_tables_that_do_not_fit():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model.arm", "dense"), "Plan one of full_id, random_hash, hashed_prefix"),
+        (("--model.arm", "dense"), "Plan one of full_id, known_id, random_hash, hashed_prefix"),
         (("--items", "0"), "items: 0. It must be above 0."),
         (("--node", "h900"), "Presets are"),
         (("--planner", "/nowhere.yaml"), "/nowhere.yaml: no such file"),

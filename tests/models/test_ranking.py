@@ -12,7 +12,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import LogSizes, Ranking, RankingConfig, build_ranking
 from torchrec_sid.models.channels import ARMS, CHANNELS, arm_named
 from torchrec_sid.models.dlrm import Standardise
-from torchrec_sid.models.stores import ContentStore, ItemStore, SideStore, SidStore
+from torchrec_sid.models.stores import ContentStore, ItemStore, KnownIdStore, SideStore, SidStore
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.tables import PieceTrainerConfig, train_pieces
@@ -20,6 +20,7 @@ from torchrec_sid.tables import PieceTrainerConfig, train_pieces
 ITEMS, SPEC, SIDE = 20, SidSpec((4, 4, 4)), SidSpec((3,) * 10)
 CODES = torch.randint(0, 4, (ITEMS, 3), generator=torch.Generator().manual_seed(1))
 DIGITS = torch.randint(0, 3, (ITEMS, 10), generator=torch.Generator().manual_seed(2))
+KNOWN = torch.arange(ITEMS).where(torch.arange(ITEMS) % 5 > 0, torch.tensor(ITEMS))
 SIZES = LogSizes(ITEMS, 2, ("a", "b", "c"), torch.tensor([-1.0, 1.0]))
 CONFIG = RankingConfig(dim=8, heads=2, history_length=8, table_rows=12, encoder_feedforward=16)
 ALL = ("none", *CHANNELS, "full_id+side", "hashed_prefix+dense+side")
@@ -31,6 +32,7 @@ def stores() -> tuple[ItemStore, ...]:
     pieces = train_pieces(SPEC, CODES, PieceTrainerConfig(vocab_size=16, model="bpe"))
     basis = FrozenBasis.from_digits(SIDE, torch.randn(10, 6, generator=generator))
     return (
+        KnownIdStore(values={"known": KNOWN}, dropped={"known": ITEMS}),
         SidStore(SPEC, pieces, values={"sid": SPEC.pack(CODES)}),
         SideStore(basis, values={"bytes": SIDE.pack_bytes(DIGITS)}),
         ContentStore(torch.randn(ITEMS, 6, generator=generator)),
@@ -52,6 +54,8 @@ def _batch(rows: int = 6) -> RankingBatch:
         "history_age": action,
         "item_sid": sids[item],
         "history_sid": sids[history],
+        "item_known": KNOWN[item],
+        "history_known": KNOWN[history],
     }
     ones = torch.ones(rows, dtype=torch.int64)
     features = KeyedJaggedTensor(

@@ -134,21 +134,18 @@ class DuckEngine:
         """See :class:`Engine`."""
         schema = query.schema().to_pyarrow()
         # A cursor of its own: several results may be read in turn.
-        cursor = self._connection.cursor()
-        with self._named_errors():
-            batches = cursor.sql(_sql(query, "duckdb")).to_arrow_reader(STREAM_ROWS)
-        while True:
+        with self._connection.cursor() as cursor:
             with self._named_errors():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield pa.RecordBatch.from_arrays(
-                [
-                    c if c.type == f.type else c.cast(f.type)
-                    for c, f in zip(batch.columns, schema, strict=True)
-                ],
-                schema=schema,
-            )
+                batches = cursor.sql(_sql(query, "duckdb")).to_arrow_reader(STREAM_ROWS)
+            while True:
+                with self._named_errors():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                columns = zip(batch.columns, schema, strict=True)
+                yield pa.RecordBatch.from_arrays(
+                    [c if c.type == f.type else c.cast(f.type) for c, f in columns], schema=schema
+                )
 
     def microseconds(self, column: Any) -> Any:
         """See :class:`Engine`."""

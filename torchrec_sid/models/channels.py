@@ -98,6 +98,8 @@ class Channel:
     attend: Callable[[ChannelInputs], ItemChannel] | None = None
     """Makes a channel that summarises the history without embedding its events; None: target attention over
     embedded events."""
+    about: str = ""
+    """How the ranker gets to know an item, in a line of a report."""
 
     def build(self, inputs: ChannelInputs, embedder: Embedder | None = None) -> ItemChannel:
         """The channel as a module.
@@ -246,16 +248,39 @@ _BY_ID, _BY_SID, _BY_BYTES = (
 )
 _CATALOG = ("catalog",)
 
-register_channel(Channel("full_id", IdStore, (), _BY_ID, _full_id))
-register_channel(Channel("known_id", KnownIdStore, (), ("item_known", "history_known"), _known_id))
-register_channel(Channel("random_hash", IdStore, (), _BY_ID, _random_hash))
-register_channel(Channel("dense", ContentStore, (), _BY_ID, _dense))
-for _name, _scheme in (
-    ("hashed_prefix", lambda store, inputs: HashedPrefix(store.spec.levels, inputs.table_rows)),
-    ("per_level", lambda store, inputs: PerLevel()),
-    ("bigram", lambda store, inputs: NGramGroups(2, num_embeddings=inputs.table_rows)),
+for _name, _store, _fields, _embed, _about in (
+    ("full_id", IdStore, _BY_ID, _full_id, "a table with a row for every item id"),
+    (
+        "known_id",
+        KnownIdStore,
+        ("item_known", "history_known"),
+        _known_id,
+        "a table with a row for every item id that training saw, and a trained row for all others",
+    ),
+    (
+        "random_hash",
+        IdStore,
+        _BY_ID,
+        _random_hash,
+        "item ids hashed into the rows of a smaller table: the usual remedy, and the control",
+    ),
+    ("dense", ContentStore, _BY_ID, _dense, "the content embedding itself, through a small tower"),
 ):
-    register_channel(Channel(_name, SidStore, _CATALOG, _BY_SID, over_sids(_scheme)))
+    register_channel(Channel(_name, _store, (), _fields, _embed, about=_about))
+for _name, _scheme, _about in (
+    (
+        "hashed_prefix",
+        lambda store, inputs: HashedPrefix(store.spec.levels, inputs.table_rows),
+        "a table over the prefixes of the item's SID, from coarse to fine",
+    ),
+    ("per_level", lambda store, inputs: PerLevel(), "a table over each code of the SID by itself"),
+    (
+        "bigram",
+        lambda store, inputs: NGramGroups(2, num_embeddings=inputs.table_rows),
+        "a table over pairs of neighbouring codes of the SID",
+    ),
+):
+    register_channel(Channel(_name, SidStore, _CATALOG, _BY_SID, over_sids(_scheme), about=_about))
 register_channel(
     Channel(
         "sentencepiece",
@@ -263,10 +288,19 @@ register_channel(
         ("catalog", "pieces"),
         _BY_SID,
         over_sids(lambda store, inputs: SentencePiece(store.require_pieces())),
+        about="a table over pieces of the SID that are frequent in the traffic",
     )
 )
 register_channel(
-    Channel("side", SideStore, ("side_catalog", "side_quantizer"), _BY_BYTES, _embedded_side, _side)
+    Channel(
+        "side",
+        SideStore,
+        ("side_catalog", "side_quantizer"),
+        _BY_BYTES,
+        _embedded_side,
+        _side,
+        about="the SID's codes turned into vectors and similarities without a table (SIDE)",
+    )
 )
 
 
