@@ -56,6 +56,8 @@ class CompareConfig:
     """Python files that add quantizers, schemes or channels."""
     source: str | None = None
     """Embedding source that SIDs and the dense arm read; default: the log's own default."""
+    specification: str | None = None
+    """Description of the log's features (YAML), see docs/your_data.md: they reach every arm."""
     evaluate_on: str = "test"
     """Split that the table is about; tune on valid."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -110,6 +112,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         output=str(output / "runs"),
         source=config.source,
         batch_size=config.batch_size,
+        specification=config.specification,
         evaluate_on=config.evaluate_on,
     )
 
@@ -156,6 +159,8 @@ def arm_rows(config: CompareConfig) -> Comparison:
             "side": SidRecipe(config.side, sources=sources),
         },
         reference="full_id" if "full_id" in config.arms else None,
+        none="none" if "none" in config.arms and config.specification is None else None,
+        features="none" if "none" in config.arms and config.specification is not None else None,
     )
 
 

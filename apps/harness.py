@@ -21,6 +21,7 @@ from torchrec_sid.artifact import write_json
 from torchrec_sid.data.prepare import PrepareConfig, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.data.specification import Specification
 from torchrec_sid.errors import SidError
 from torchrec_sid.learn import LearnedSids, learn_sids
 from torchrec_sid.models.channels import arm_named
@@ -88,8 +89,12 @@ def run_rows(
         SidError: bad data, an unknown arm, a folder that is not ours, or a training that failed.
     """
     data = Path(base.data)
+    file = base.specification
     with console.status(f"preparing {escape(str(data))}"):
-        log = prepare(data, home / "prepared", PrepareConfig())
+        bare = log = prepare(data, home / "prepared", PrepareConfig())
+        if file is not None:
+            described = Specification.read(file)
+            log = prepare(data, home / "prepared-features", PrepareConfig(), specification=described)
     sources = LogFolder.open(data).sources
     rows = comparison(log.items).for_sources(sources)
     arms = {row.name: arm_named(row.model.arm) for row in rows.rows}
@@ -104,8 +109,11 @@ def run_rows(
         name = row.name.replace(" ", "-").replace("+", "and") if " " in row.name else row.name
         return replace(
             base,
+            **dict(rows.training),
             output=str(Path(base.output) / f"{name}-seed{seed}"),
-            prepared=str(log.path),
+            prepared=str((bare if row.bare else log).path),
+            specification=None if row.bare else base.specification,
+            predictions=True,
             **sid_options(arms[row.name], learned.get(row.tables or ""), learned.get(row.side or "")),
             shuffle_sids=row.shuffled,
             hide_new=row.hide_new,
@@ -115,7 +123,7 @@ def run_rows(
         )
 
     runs = {row.name: [run(row, seed) for seed in range(effort.seeds)] for row in rows.rows}
-    _train_all(runs, learned, log, effort, console)
+    _train_all(runs, learned, effort, console)
     return Trained(
         rows, {name: [Path(r.output) for r in mine] for name, mine in runs.items()}, log, learned
     )
@@ -175,7 +183,6 @@ def _is_of_a_run(name: str) -> bool:
 def _train_all(
     runs: Mapping[str, list[TrainConfig]],
     learned: Mapping[str, LearnedSids],
-    log: PreparedLog,
     effort: Effort,
     console: Console,
 ) -> None:
@@ -186,7 +193,8 @@ def _train_all(
         for mine in runs.values():
             run = mine[seed]
             sids = {path: by_path[path] for path in (run.catalog, run.side_catalog) if path}
-            if not claim_run(run, effort.processes, {"log": log.fingerprint} | sids):
+            mark = {"log": PreparedLog.open(str(run.prepared)).fingerprint}
+            if not claim_run(run, effort.processes, mark | sids):
                 todo.append(run)
     bar = Progress(
         TextColumn("{task.description:<16}", markup=False),

@@ -54,6 +54,8 @@ class PaperConfig:
     """Python files that add quantizers, schemes or channels."""
     evaluate_on: str = "test"
     """Split that the table is about; tune on valid."""
+    specification: str | None = None
+    """Description of the log's features (YAML), see docs/your_data.md: they reach every row."""
     source: str | None = None
     """Embedding source of the SIDs of one source and of dense; default: the log's own."""
     categories: tuple[str, ...] = ()
@@ -103,7 +105,7 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
         tables=config.tables,
         evaluate_on=config.evaluate_on,
         max_steps=config.max_steps,
-        predictions=True,
+        specification=config.specification,
     )
 
     def rows(items: int) -> Comparison:

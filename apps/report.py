@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from torchrec_sid.artifact import load_artifact, write_atomically, write_json
+from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.models.channels import arm_named
-from torchrec_sid.training.run import PREDICTIONS
 
 from .harness import Trained
 from .pages import Point, embedded, scatter, write_page
+from .significance import Predicted, intervals
 
 _SLICES = ("all", "warm", "cold", "head", "torso", "tail")
 
@@ -38,8 +39,15 @@ _COLUMNS = (
     Column("±", "ne_std", "{:.4f}"),
     Column("gain %", "gain", "{:+.2f}"),
     Column("±", "gain_std", "{:.2f}"),
+    Column("95%", "gain_interval", "[{0[0]:+.2f}, {0[1]:+.2f}]"),
+    Column("p", "gain_p", "{:.4f}"),
     Column("NE cold", "ne_cold", "{:.4f}"),
     Column("gain cold %", "gain_cold", "{:+.2f}"),
+    Column("95%", "gain_cold_interval", "[{0[0]:+.2f}, {0[1]:+.2f}]"),
+    Column("cold over no item %", "cold_over_none", "{:+.2f}"),
+    Column("95%", "cold_over_none_interval", "[{0[0]:+.2f}, {0[1]:+.2f}]"),
+    Column("cold over no id %", "cold_over_features", "{:+.2f}"),
+    Column("95%", "cold_over_features_interval", "[{0[0]:+.2f}, {0[1]:+.2f}]"),
     Column("NE head", "ne_head", "{:.4f}"),
     Column("NE torso", "ne_torso", "{:.4f}"),
     Column("NE tail", "ne_tail", "{:.4f}"),
@@ -57,7 +65,8 @@ _COLUMNS = (
     Column("train s", "train_seconds", "{:.0f}"),
     Column("peak MB", "peak_rss_mb", "{:,.0f}"),
 )
-_TERMINAL = {"name", "ne", "ne_std", "gain", "gain_std", "ne_cold", "auc", "auc_cold", "bytes_per_event"}
+_TERMINAL = {"name", "ne", "ne_std", "gain", "gain_std", "gain_interval", "ne_cold", "gain_cold_interval"}
+_TERMINAL |= {"cold_over_none", "auc", "bytes_per_event"}
 _TERMINAL |= {"table_mb", "examples_per_second"}
 _COSTS = {"bytes_per_event", "lookups_per_item", "table_rows", "table_mb", "trained_parameters"}
 _COSTS |= {"examples_per_second", "train_seconds", "peak_rss_mb"}
@@ -70,10 +79,13 @@ def summarise(trained: Trained) -> dict[str, Any]:
         ``title``, ``cost``, ``negatives``, ``verdict`` and ``rows`` (also as ``arms``). A gain is the mean
         over seeds of ``1 - NE / NE of the reference with the same seed``, in percent. ``added_mb`` is what
         the row holds beyond its reference: bytes per event times the events of all histories, and the rows
-        of its tables, in 10^6 bytes. ``prediction_difference`` is the mean over examples of ``|p - q|`` for
-        two trainings that differ by seed only, over all pairs; None without predictions.
+        of its tables, in 10^6 bytes. Intervals (``gain_interval`` and the like, and all of them under
+        ``intervals``) are those of :func:`apps.significance.intervals`. ``prediction_difference`` is the
+        mean over examples of ``|p - q|`` for two trainings that differ by seed only, over all pairs; None
+        without predictions.
     """
     comparison, log = trained.comparison, trained.log
+    found = intervals(comparison, trained.runs)
     metrics = {
         name: [json.loads((run / "metrics.json").read_text()) for run in mine]
         for name, mine in trained.runs.items()
@@ -92,6 +104,7 @@ def summarise(trained: Trained) -> dict[str, Any]:
                 "against": against,
                 **_quality(mine),
                 **gain,
+                **_intervals(found.get(row.name, {})),
                 **costs[row.name],
                 "added_mb": added,
                 "gain_per_mb": gain["gain"] / added if gain["gain"] is not None and added > 0 else None,
@@ -144,7 +157,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
             text += f", {winner['gain_cold']:+.2f}% against “{winner['against']}”"
         text += "."
     if len(best["runs"]) == 1:
-        text += " One seed: small differences may be chance; --seeds 3 tells."
+        text += " One seed: small differences may be chance of the training; --seeds 3 tells."
     return text
 
 
@@ -227,7 +240,10 @@ def plot_gains(rows: Sequence[Mapping[str, Any]], cost: str, path: Path) -> None
 
 
 def _spread(row: Mapping[str, Any]) -> str:
-    spread = row["gain_std"]
+    spread, interval = row["gain_std"], row["gain_interval"]
+    if interval is not None:
+        doubt = ", which holds 0," if interval[0] <= 0 <= interval[1] else ""
+        return f"(95% interval over users and seeds [{interval[0]:+.2f}, {interval[1]:+.2f}]{doubt}) "
     if spread is None:
         return ""
     seeds = len(row["runs"])
@@ -264,6 +280,23 @@ def _gain(mine: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, An
     return found
 
 
+def _intervals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The intervals of a row that columns show, and all of them."""
+    flat: dict[str, Any] = {"intervals": dict(found)}
+    for key, name, piece in (
+        ("gain", "gain", "all"),
+        ("gain_cold", "gain", "cold"),
+        ("cold_over_none", "cold_over_none", "cold"),
+        ("cold_over_features", "cold_over_features", "cold"),
+    ):
+        interval = found.get(name, {}).get(piece)
+        flat[f"{key}_interval"] = None if interval is None else [interval["low"], interval["high"]]
+        flat[f"{key}_p"] = None if interval is None else interval["p"]
+        if key not in ("gain", "gain_cold"):
+            flat[key] = None if interval is None else interval["estimate"]
+    return flat
+
+
 def _costs(runs: Sequence[Mapping[str, Any]], dim: int, log: PreparedLog) -> dict[str, Any]:
     first = runs[0]
     table_mb = first["table_rows"] * dim * 4 / 1e6
@@ -281,13 +314,11 @@ def _costs(runs: Sequence[Mapping[str, Any]], dim: int, log: PreparedLog) -> dic
 
 
 def _difference(runs: Sequence[Path]) -> float | None:
-    files = [run / "predictions-rank-0.safetensors" for run in runs]
-    if not all(file.is_file() for file in files):
+    predicted = [Predicted.read(run) for run in runs]
+    probabilities = [1 / (1 + np.exp(-each.logits)) for each in predicted if each is not None]
+    if len(probabilities) < len(runs):
         return None
-    predictions = [
-        load_artifact(file, kind=PREDICTIONS, version=1).tensors["predictions"] for file in files
-    ]
-    pairs = [float((a - b).abs().mean()) for a, b in itertools.combinations(predictions, 2)]
+    pairs = [float(np.abs(a - b).mean()) for a, b in itertools.combinations(probabilities, 2)]
     return statistics.fmean(pairs) if pairs else None
 
 
@@ -312,13 +343,19 @@ def _shown(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[st
         "ne": "-" if row["ne"] is None else f"{row['ne']:.4f}",
         "spread": "" if row["ne_std"] is None else f"±{row['ne_std']:.4f}",
         "gain": "-" if gain is None else "reference" if row["against"] == row["name"] else f"{gain:+.2f}%",
-        "gain_spread": "" if not row["gain_std"] else f"±{row['gain_std']:.2f}",
+        "gain_spread": _shown_spread(row),
         "bar": 0.0 if gain is None else round(abs(gain) / largest * 50, 1),
         "worse": gain is not None and gain < 0,
         "against": row["against"],
         "cold": "-" if row["ne_cold"] is None else f"{row['ne_cold']:.4f}",
         "auc": "-" if row["auc"] is None else f"{row['auc']:.4f}",
     }
+
+
+def _shown_spread(row: Mapping[str, Any]) -> str:
+    if (interval := row["gain_interval"]) is not None:
+        return f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
+    return "" if not row["gain_std"] else f"±{row['gain_std']:.2f}"
 
 
 def _slice_ne(row: Mapping[str, Any], name: str) -> float | None:

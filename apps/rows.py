@@ -33,6 +33,8 @@ class Row:
     """Items without a training event have no SID: a control."""
     every_source: bool = False
     """Its channel dense reads all embedding sources, side by side; left out where a log has only one."""
+    bare: bool = False
+    """Without the features of the log's specification: ids, history and dense features alone."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,17 @@ class Comparison:
     """What the chart names beside each row: bytes_per_event, table_rows, train_seconds."""
     reference: str | None = None
     """Row that gains are measured against, where a row does not say; default: the first."""
+    none: str | None = None
+    """The row without any item, which cold columns are read beside; it is trained with any other."""
+    features: str | None = None
+    """The row with everything but ids and content of items, likewise."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the trainings that are not what they are by default, the same for every row."""
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
-        unknown = {self.reference, *(row.against for row in self.rows)} - {None, *names}
+        wanted = {self.reference, self.none, self.features, *(row.against for row in self.rows)}
+        unknown = wanted - {None, *names}
         if len(set(names)) < len(names) or unknown:
             raise SidError(self.title, f"rows {names}, compared with {unknown}", "Name each row once.")
 
@@ -63,7 +72,8 @@ class Comparison:
         return row.against or self.reference or self.rows[0].name
 
     def chosen(self, wanted: tuple[str, ...]) -> Comparison:
-        """Only the rows that have one of ``wanted`` in their name, and those they are measured against.
+        """Only the rows that have one of ``wanted`` in their name, those they are measured against, and
+        those that cold columns are read beside.
 
         Raises:
             SidError: a name that no row has.
@@ -73,6 +83,7 @@ class Comparison:
             if not any(part in name for name in names):
                 raise SidError("rows", repr(part), f"Choose from: {'; '.join(names)}.")
         kept = {row.name for row in self.rows if not wanted or any(part in row.name for part in wanted)}
+        kept |= {self.none or "", self.features or ""}
         kept |= {self.against(row) for row in self.rows if row.name in kept}
         return self._with_rows(tuple(row for row in self.rows if row.name in kept))
 

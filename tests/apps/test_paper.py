@@ -90,9 +90,8 @@ def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeyp
     def two_ways(items: int) -> Comparison:
         model = RankingConfig(arm="full_id+side", dim=16, history_length=10, table_rows=100)
         sids = {"side": SidRecipe(VqFusionConfig(codebooks=(), stages=((5, 3),), epochs=1, hidden=(16,)))}
-        return Comparison(
-            "two ways", (Row("none", RankingConfig(arm="none")), Row("+ side", model, side="side")), sids
-        )
+        rows = (Row("none", RankingConfig(arm="none"), bare=True), Row("+ side", model, side="side"))
+        return Comparison("two ways", rows, sids, none="none", training={"dense_lr": 1e-3})
 
     monkeypatch.setitem(apps.recipes.TABLES, "small", two_ways)
     config = PaperConfig(
@@ -120,12 +119,23 @@ def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeyp
     assert side["gain_per_mb"] == pytest.approx(side["gain"] / side["added_mb"])
     assert none["added_mb"] == 0 and none["gain_per_mb"] is None
     assert side["prediction_difference"] > 0
+    # The intervals are about the numbers that TorchRec's metrics give.
+    for piece, key in (("all", "gain"), ("cold", "gain_cold")):
+        interval = side["intervals"]["gain"][piece]
+        assert interval["estimate"] == pytest.approx(side[key], abs=1e-4)
+        assert interval["low"] < interval["estimate"] < interval["high"]
+        assert side[f"{key}_interval"] == [interval["low"], interval["high"]]
+    assert side["intervals"]["ne"]["all"]["estimate"] == pytest.approx(side["ne"], abs=1e-6)
+    assert side["cold_over_none"] == pytest.approx(side["gain_cold"], abs=1e-4)
+    assert none["gain_interval"] == [0, 0] and none["gain_p"] == 1
+    assert side["cold_over_features"] is None and none["cold_over_none"] == 0
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == report
     assert "+ side" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "plot.png").stat().st_size > 1000
     assert len(terminal_table(report).rows) == 2
     run = Path(side["runs"][0])
-    assert yaml.safe_load((run / "run.yaml").read_text())["model"]["arm"] == "full_id+side"
+    options = yaml.safe_load((run / "run.yaml").read_text())
+    assert options["model"]["arm"] == "full_id+side" and options["dense_lr"] == 1e-3
 
     written = (run / "metrics.json").stat().st_mtime_ns
     assert paper(config, Console(quiet=True)) == report

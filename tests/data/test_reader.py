@@ -282,3 +282,25 @@ def test_refuses(log: PreparedLog, how: dict[str, Any], message: str) -> None:
 def test_refuses_a_bad_batch(change: dict[str, Any]) -> None:
     with pytest.raises(SidError):
         replace(BatchConfig(), **change)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_user_of_every_row_is_known_in_the_order_of_the_batches(log, world):
+    for split, epoch in (("train", 1), ("test", 0)):
+        told, seen = [], []
+        for rank in range(world):
+            reader = BatchReader(
+                log, split, BatchConfig(16), rank=rank, world_size=world, order="shuffled", epoch=epoch
+            )
+            weights = torch.cat([batch.weights for batch in reader])
+            users = reader.users()
+            assert torch.equal(users >= 0, weights > 0)
+            told += users[users >= 0].tolist()
+            seen.append(len(users))
+        assert len(set(seen)) == 1
+        if split == "test":
+            stored = [row["user"] for row in read_examples(log, split)]
+            assert sorted(told) == sorted(stored) and len(set(told)) > 1
+            if world == 1:
+                ordered = BatchReader(log, split, BatchConfig(16)).users()
+                assert ordered[ordered >= 0].tolist() == stored

@@ -106,6 +106,13 @@ class BatchReader:
         """Batches that an iteration yields: those of the epoch from ``start_batch`` on."""
         return self.batches - self.start_batch
 
+    def users(self) -> Tensor:
+        """``[batches * batch_size]`` int64: the dense user index of every row that an iteration yields,
+        in its order; -1 for padding."""
+        return torch.from_numpy(
+            np.concatenate([self._source.users(n) for n in range(self.start_batch, self.batches)])
+        )
+
     def __iter__(self) -> Iterator[RankingBatch]:
         todo = range(self.start_batch, self.batches)
         parts: Any = map(self._source.__getitem__, todo)
@@ -205,6 +212,18 @@ class _BatchSource(Dataset[Any]):
             bucket: BlockReader(self.log, self.split, bucket).order(order, seed, epoch)
             for bucket in range(self.log.buckets)
         }
+
+    def users(self, number: int) -> Array:
+        """The user of each row of a batch, -1 for padding."""
+        parts = []
+        for piece in self._pieces(number):
+            blocks = self.blocks.setdefault(piece.bucket, BlockReader(self.log, self.split, piece.bucket))
+            end = min(piece.begin + piece.rows, blocks.rows)
+            rows = blocks.read(self.order[piece.bucket], min(piece.begin, end), end, ["user"])
+            part = np.full(piece.rows, -1, np.int64)
+            part[: max(0, end - piece.begin)] = _plain(rows["user"])
+            parts.append(part)
+        return np.concatenate(parts)
 
     def _open(self) -> None:
         self.blocks: dict[int, BlockReader] = {}

@@ -42,7 +42,10 @@ from torchrec_sid.training.schedule import RateSchedule, clip_gradients, make_de
 from torchrec_sid.training.train_config import TrainConfig
 
 PREDICTIONS = "predictions"
-"""Kind of the artefact that holds ``predictions`` ``[rows]`` float32, in the order of the split."""
+"""Kind of the artefact that holds what a rank predicts: ``logits`` float32 (``[rows, T]`` for T > 1 tasks),
+``labels``, ``weights``, ``segments`` and ``users``, ``[rows]`` each, in the order of the split."""
+PREDICTIONS_VERSION = 2
+"""1 held ``predictions``, probabilities alone."""
 
 
 # Stage 1: the log.
@@ -249,20 +252,24 @@ class Run:
 
     def evaluate(self, split: str) -> dict[str, SliceMetrics]:
         """Metrics by slice of a split, the same on every rank; writes this rank's predictions if asked."""
-        parts: list[Tensor] = []
-
-        def keep(output: RankingOutput) -> None:
-            parts.append(torch.sigmoid(output.logits[output.weights > 0]).cpu())
-
-        on_batch = keep if self.config.predictions else None
-        slices = self.measure(split, on_batch)
+        parts: list[RankingOutput] = []
+        slices = self.measure(split, parts.append if self.config.predictions else None)
         if self.config.predictions:
+            counted = torch.cat([part.weights for part in parts]).cpu() > 0
+
+            def whole(name: str) -> Tensor:
+                return torch.cat([getattr(part, name) for part in parts]).cpu()[counted]
+
             save_artifact(
                 Path(self.config.output) / f"predictions-rank-{self.ranks.rank}.safetensors",
                 kind=PREDICTIONS,
-                version=1,
+                version=PREDICTIONS_VERSION,
                 config={"split": split},
-                tensors={"predictions": torch.cat(parts)},
+                tensors={
+                    **{name: whole(name) for name in ("logits", "labels", "weights")},
+                    "segments": whole("segment"),
+                    "users": self.read(split).users()[counted],
+                },
             )
         return slices
 
