@@ -38,6 +38,10 @@ class BatchConfig:
     """NAME -> share of the values ``item_NAME`` and ``history_NAME`` that are dropped at random, and what
     stands in their place. The draws depend on seed, epoch and row alone."""
 
+    by_request: bool = False
+    """Rows that read the same events at the same time share one history: see :attr:`RankingBatch.rows`.
+    What is dropped from it at random is then drawn once for all of them."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", tuple(self.fields))
         object.__setattr__(self, "tasks", tuple(self.tasks))
@@ -49,6 +53,8 @@ class BatchConfig:
             )
         if len(set(self.fields)) < len(self.fields) or not self.fields:
             raise SidError("fields", f"{self.fields}", f"Name each field once, and {LOG_FIELDS[0]!r}.")
+        if self.by_request and {"request", "request_row"} & set(self.fields):
+            raise SidError("fields", f"{self.fields} by request", "Give that feature another name.")
 
 
 @dataclass
@@ -69,7 +75,9 @@ class RankingBatch(Pipelineable):
     """``[B]`` int64 events of each history, as cut to ``history_length``."""
     rows: dict[str, Tensor] = field(default_factory=dict)
     """What is no int64, by field: ``[B, ...]`` of an example, ``[events, ...]`` of histories, one after the
-    other."""
+    other. By request also ``request`` ``[B]`` int64, the request of each row, 0 .. U - 1, and
+    ``request_row`` ``[U]`` int64, ascending, the row whose bags hold the history of each; the bags of its
+    other rows are empty."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RankingBatch:
         """A copy on ``device``."""

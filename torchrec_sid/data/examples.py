@@ -31,7 +31,8 @@ class ExampleWriter:
     Args:
         folder: of the bucket in the split.
         block_rows: rows per row group; only the last one may be smaller.
-        shuffle_window: permute the rows within windows of this many; 0 keeps their order.
+        shuffle_window: permute the rows within windows of this many, those of one ``request`` together; 0
+            keeps their order.
         seed: of the permutation.
     """
 
@@ -75,9 +76,8 @@ class ExampleWriter:
         whole = pa.concat_tables(self._window)
         rest = whole.slice(rows)
         self._window, self._held = ([rest] if rest.num_rows else []), rest.num_rows
-        self._write(
-            whole.slice(0, rows).take(pa.array(self._random.permutation(min(rows, whole.num_rows))))
-        )
+        window = whole.slice(0, rows)
+        self._write(window.take(pa.array(_shuffled(window, self._random))))
 
     def _write(self, examples: pa.Table) -> None:
         if self._rest is not None:
@@ -109,6 +109,18 @@ class ExampleWriter:
             write_statistics=False,
             write_page_checksum=True,
         )
+
+
+def _shuffled(rows: pa.Table, random: np.random.Generator) -> Array:
+    """A permutation of rows in which those of one request follow each other, as time has them."""
+    if "request" not in rows.column_names:
+        return random.permutation(rows.num_rows)
+    user, request = (rows.column(name).to_numpy() for name in ("user", "request"))
+    alone = -1 - np.arange(rows.num_rows)  # rows without a request are none together
+    keys = np.stack([user, np.where(request < 0, alone, request)], axis=1)
+    _, group = np.unique(keys, axis=0, return_inverse=True)
+    place = random.permutation(int(group.max()) + 1)
+    return np.argsort(place[group.reshape(-1)], kind="stable")
 
 
 class SplitCounts:

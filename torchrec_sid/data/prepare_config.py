@@ -28,7 +28,8 @@ class PrepareConfig:
     negatives: NegativeSampling | None = field(default_factory=NegativeSampling)
     """How negatives are drawn if the log has none of its own; None refuses such a log."""
     shuffle_window: int = 1 << 17
-    """Training rows are permuted within windows of this many; 0 keeps the order of time."""
+    """Training rows are permuted within windows of this many, those of one request together; 0 keeps the
+    order of time."""
     block_rows: int = 256
     """Rows per block, the unit that readers read."""
     buckets: int = 1

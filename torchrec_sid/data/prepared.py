@@ -106,6 +106,12 @@ class PreparedLog:
         return counts["rows"] if bucket is None else counts["buckets"][bucket]
 
     @cached_property
+    def has_requests(self) -> bool:
+        """Whether examples say which request they belong to."""
+        parts = sorted((self.path / "train").glob("*/part-00000.parquet"))
+        return bool(parts) and "request" in pq.read_schema(parts[0]).names
+
+    @cached_property
     def store(self) -> HistoryStore:
         """The history store of a log of one bucket.
 

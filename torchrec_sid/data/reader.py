@@ -127,7 +127,8 @@ class BatchReader:
     def _batch(self, part: dict[str, Tensor]) -> RankingBatch:
         keys = list(self._source.keys)
         features = KeyedJaggedTensor(keys=keys, values=part.pop("values"), lengths=part.pop("lengths"))
-        rows = {name: part.pop(name) for name in self._source.rows}
+        further = ("request", "request_row") if self.config.by_request else ()
+        rows = {name: part.pop(name) for name in (*self._source.rows, *further)}
         return RankingBatch(features=features, rows=rows, **part)
 
 
@@ -248,7 +249,12 @@ class _BatchSource(Dataset[Any]):
         begin, stop = _plain(padded["hist_begin"]), _plain(padded["hist_end"])
         if config.history_length is not None:
             begin = np.maximum(begin, stop - config.history_length)
-        lengths = stop - begin
+        seen = lengths = stop - begin
+        requests = None
+        if config.by_request:
+            requests = shared_histories(begin, stop, _plain(padded["ts"]))
+            lengths = np.zeros_like(seen)
+            lengths[requests.request_row] = seen[requests.request_row]
         store = self.log.bucket_store(bucket)
         wanted = {name for name in config.fields if name.startswith("history")}
         at = ranges(begin, lengths) if wanted else np.empty(0, np.int64)
@@ -264,8 +270,10 @@ class _BatchSource(Dataset[Any]):
             "labels": self._labels(padded),
             "weights": weights,
             "segment": segment,
-            "history_lengths": lengths,
+            "history_lengths": seen,
         }
+        if requests is not None:
+            out |= requests._asdict()
         ages = np.repeat(_plain(padded["ts"]), lengths)
         slots = np.arange(piece.begin, piece.begin + size)
         for name in config.fields:
@@ -317,8 +325,32 @@ class _BatchSource(Dataset[Any]):
         return self.item_values[_value(name)].ndim > 1
 
 
+class SharedHistories(NamedTuple):
+    """Which rows read the same history."""
+
+    request: Array
+    """``[B]`` int64: number of the history of each row, in order of its first row."""
+    request_row: Array
+    """``[U]`` int64: that first row."""
+
+
+def shared_histories(begin: Array, end: Array, ts: Array) -> SharedHistories:
+    """Rows that read the same events ``begin .. end`` at the same time ``ts``, ``[B]`` int64 each.
+
+    Impressions of one request do. Ages of events count from the time of the row, so that rows of one user
+    at two times do not share, though one history holds the other.
+    """
+    keys = np.stack([begin, end, ts], axis=1) * (end > begin)[:, None]  # nothing is nothing at any time
+    _, first, number = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    rank = np.empty_like(first)
+    rank[first.argsort()] = np.arange(len(first))
+    return SharedHistories(rank[number.reshape(-1)], np.sort(first))
+
+
 def _joined(pieces: list[dict[str, Array | Jagged]], source: _BatchSource) -> dict[str, Tensor]:
     """The pieces of a batch, one after the other."""
+    if source.config.by_request:
+        _number_on(pieces)
     whole = {name: concatenated([piece[name] for piece in pieces]) for name in pieces[0]}
     fields = {name: whole.pop(f"field_{name}") for name in source.config.fields}
     bags = [fields[name] for name in source.keys]
@@ -328,6 +360,15 @@ def _joined(pieces: list[dict[str, Array | Jagged]], source: _BatchSource) -> di
     out["lengths"] = torch.from_numpy(np.concatenate([bag.lengths for bag in jagged]))
     rows = {name: torch.from_numpy(np.ascontiguousarray(_plain(fields[name]))) for name in source.rows}
     return out | rows
+
+
+def _number_on(pieces: list[dict[str, Array | Jagged]]) -> None:
+    """Number requests and rows of each piece after those before it."""
+    requests = rows = 0
+    for piece in pieces:
+        of_rows, row = _plain(piece["request"]), _plain(piece["request_row"])
+        piece["request"], piece["request_row"] = of_rows + requests, row + rows
+        requests, rows = requests + len(row), rows + len(of_rows)
 
 
 def _plain(values: Array | Jagged) -> Array:

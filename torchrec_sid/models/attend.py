@@ -11,6 +11,7 @@ from torchrec import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_sid.models.embedder import Embedder
 from torchrec_sid.models.encoder import HistoryEncoder
+from torchrec_sid.models.request_rows import RequestRows, restore
 from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 from torchrec_sid.side.basis import FrozenBasis
 from torchrec_sid.side.code_space_attention import CodeSpaceAttention, CodeSpaceAttentionConfig
@@ -59,7 +60,7 @@ class EventsOnly(ItemChannel):
         """``[B, summaries, D]``."""
         lengths = features["history_action"].lengths()
         target = self.no_item.expand(lengths.shape[0], -1)
-        return ChannelOutput(self.attention(target, None, features))
+        return ChannelOutput(self.attention(target, None, features, rows))
 
 
 class EmbeddedChannel(ItemChannel):
@@ -86,9 +87,9 @@ class EmbeddedChannel(ItemChannel):
             return ChannelOutput(target.unsqueeze(1))
         events = self.embedder.events(features, rows)
         if self.encoder is not None:
-            events = self.encoder(events, features)
+            events = self.encoder(events, features, rows)
         content = JaggedTensor(events, lengths=features["history_action"].lengths())
-        summaries = self.attention(target, content, features)
+        summaries = self.attention(target, content, features, rows)
         return ChannelOutput(torch.cat([target.unsqueeze(1), summaries], dim=1))
 
 
@@ -180,19 +181,51 @@ class SideChannel(ItemChannel):
         target = self.projection(self.features(item_bytes)).unsqueeze(1)
         if not self.windows:
             return ChannelOutput(target)
-        action = features["history_action"]
-        events = PackedHistory(
-            rows["history_bytes"], action.lengths(), action.values(), features["history_age"].values()
-        )
-        fields, numbers = [target], []
+        requests = RequestRows.of(rows)
+        if requests is None:
+            fields, numbers = self._summaries(target, item_bytes, _packed(features, rows), None)
+            return ChannelOutput(torch.cat([target, *fields], dim=1), torch.cat(numbers, dim=1))
+        order = requests.order()
+        events = _packed(features, rows)._replace(lengths=requests.lengths(features))
+        fields, numbers = self._summaries(target[order], item_bytes[order], events, requests)
+        whole = [restore(torch.cat(parts, dim=1), order) for parts in (fields, numbers)]
+        return ChannelOutput(torch.cat([target, whole[0]], dim=1), whole[1])
+
+    def _summaries(
+        self, target: Tensor, item_bytes: Tensor, events: PackedHistory, requests: RequestRows | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """``[B, n, D]`` fields and ``[B, k]`` numbers of the history, for candidates user after user.
+
+        Args:
+            target: ``[B, 1, D]``.
+            item_bytes: ``[B, nbytes]``.
+            events: of each candidate, or of each request.
+            requests: those; None: each candidate has a history of its own.
+        """
+        fields, numbers = [], []
+        counts = None if requests is None else requests.counts()
         for window, attention in zip(self.windows, self.attentions, strict=True):
             seen = events if window == self.windows[-1] else events.newest(window)
-            fields.append(attention(target, seen.sids, seen.lengths, actions=seen.actions, ages=seen.ages))
-            if window == self.windows[0]:
-                fields.append(self.pools(self.features, *seen))
+            terms = {"actions": seen.actions, "ages": seen.ages}
             labels = self.action_values[seen.actions]
-            numbers.append(self.similarity(item_bytes, seen.sids, seen.lengths, labels))
-        return ChannelOutput(torch.cat(fields, dim=1), torch.cat(numbers, dim=1))
+            if counts is None:
+                fields.append(attention(target, seen.sids, seen.lengths, **terms))
+            else:
+                found = attention(target.squeeze(1), seen.sids, seen.lengths, **terms, counts=counts)
+                fields.append(found.unsqueeze(1))
+            if window == self.windows[0]:
+                pooled = self.pools(self.features, *seen)
+                if counts is not None:
+                    pooled = pooled.repeat_interleave(counts, dim=0, output_size=len(target))
+                fields.append(pooled)
+            numbers.append(self.similarity(item_bytes, seen.sids, seen.lengths, labels, counts))
+        return fields, numbers
+
+
+def _packed(features: KeyedJaggedTensor, rows: Mapping[str, Tensor]) -> PackedHistory:
+    action = features["history_action"]
+    ages = features["history_age"].values()
+    return PackedHistory(rows["history_bytes"], action.lengths(), action.values(), ages)
 
 
 def side_features(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torchrec import KeyedJaggedTensor
 
 from torchrec_sid.ages import HISTORY_AGES
 from torchrec_sid.errors import SidError
+from torchrec_sid.models.request_rows import RequestRows
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,24 @@ class HistoryEncoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config, device) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, device=device)
 
-    def forward(self, events: Tensor, features: KeyedJaggedTensor) -> Tensor:
-        """Encode each user's history.
+    def forward(
+        self, events: Tensor, features: KeyedJaggedTensor, rows: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Encode each history, one that several rows share once.
 
         Args:
             events: ``[events, D]``, user after user, oldest first.
             features: holds ``history_action`` and ``history_age``, int64, one value per event.
+            rows: the batch's; they may hold a :class:`~torchrec_sid.models.request_rows.RequestRows`.
 
         Returns:
             ``[events, D]``.
         """
         actions = features["history_action"]
-        lengths, offsets = actions.lengths(), actions.offsets()
+        lengths, offsets, requests = actions.lengths(), actions.offsets(), RequestRows.of(rows)
+        if requests is not None:  # without the rows that hold no history
+            lengths = requests.lengths(features)
+            offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
         events = events + self.action(actions.values()) + self.age(features["history_age"].values())
         whole = lengths.is_cuda or torch.compiler.is_compiling()
         bound = self.config.max_length if whole else max(1, int(lengths.max()))

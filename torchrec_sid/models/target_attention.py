@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torchrec import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_sid.ages import HISTORY_AGES
 from torchrec_sid.errors import SidError
+from torchrec_sid.models.request_rows import RequestRows, restore
+from torchrec_sid.models.user_attention import attend_by_user
+from torchrec_sid.side.terms import events_from_newest
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class HistoryConfig:
 
 
 class TargetAttention(nn.Module):
-    """Summaries of a history for one candidate per user.
+    """Summaries of a history for a candidate; the rows of a request may share one.
 
     An event is ``e_i = content_i + action[a_i] + age[g_i]``. The key projection is absorbed into the
     query and the value projection into the output, so that no projection runs per event:
@@ -87,14 +91,21 @@ class TargetAttention(nn.Module):
         """Number of ``[B, D]`` summaries that :meth:`forward` returns."""
         return len(self.config.windows) * (2 + self.config.pools)
 
-    def forward(self, target: Tensor, content: JaggedTensor | None, features: KeyedJaggedTensor) -> Tensor:
-        """Summarise each user's history.
+    def forward(
+        self,
+        target: Tensor,
+        content: JaggedTensor | None,
+        features: KeyedJaggedTensor,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Summarise each candidate's history.
 
         Args:
             target: ``[B, D]`` the candidate.
             content: one ``[D]`` vector per event, or None where events carry no item feature (and there
                 are no pools).
             features: holds ``history_action`` and ``history_age``, int64, one value per event.
+            rows: the batch's; they may hold a :class:`~torchrec_sid.models.request_rows.RequestRows`.
 
         Returns:
             ``[B, windows (2 + pools), D]``: attended, mean of events, gated pools, each for every window.
@@ -104,18 +115,18 @@ class TargetAttention(nn.Module):
         """
         if self.gate is not None and content is None:
             raise SidError("pools", f"{self.config.pools} without content", "Set pools=0.")
+        requests = RequestRows.of(rows)
+        if requests is not None:
+            return self._by_request(target, content, features, requests)
         actions = features["history_action"]
-        lengths, offsets, action = actions.lengths(), actions.offsets(), actions.values()
+        lengths, offsets = actions.lengths(), actions.offsets()
         whole = lengths.is_cuda or torch.compiler.is_compiling()
         bound = self.config.max_length if whole else max(1, int(lengths.max()))
 
         def padded(values: Tensor) -> Tensor:
             return torch.ops.fbgemm.jagged_to_padded_dense(values, [offsets], [bound], 0.0)
 
-        # One row per pair of action and age: half the gathering of two tables, forward and backward.
-        pairs = (self.action.weight.unsqueeze(1) + self.age.weight).flatten(0, 1)
-        pair = action * self.config.ages + features["history_age"].values()
-        events = padded(torch.nn.functional.embedding(pair, pairs))
+        events = padded(self._terms(features))
         seen = self._seen(lengths, bound)
         count = seen.sum(dim=2, keepdim=True).clamp(min=1).to(events.dtype)
         pools = []
@@ -123,13 +134,64 @@ class TargetAttention(nn.Module):
             vectors = padded(content.values())
             events = events + vectors
             if self.gate is not None:
-                gates = padded(self.gate(action)).transpose(1, 2)
+                gates = padded(self.gate(actions.values())).transpose(1, 2)
                 gated = (gates.unsqueeze(1) * seen.unsqueeze(2)).flatten(1, 2) @ vectors
                 pools = [gated / count.sqrt().repeat_interleave(self.config.pools, dim=1)]
         weights = self._weights(target, events, seen)
         sizes = [weights.shape[1], seen.shape[1]]
         attended, mean = (torch.cat([weights, seen / count], dim=1) @ events).split(sizes, dim=1)
         return torch.cat([self._values(attended, lengths), mean, *pools], dim=1)
+
+    def _by_request(
+        self,
+        target: Tensor,
+        content: JaggedTensor | None,
+        features: KeyedJaggedTensor,
+        requests: RequestRows,
+    ) -> Tensor:
+        """:meth:`forward`, with every event read once for all candidates of its request."""
+        lengths, windows = requests.lengths(features), self.config.windows
+        vectors = None if content is None else content.values()
+        events = self._terms(features)
+        events = events if vectors is None else events + vectors
+        order, (batch, dim) = requests.order(), target.shape
+        scale = (dim // self.config.heads) ** -0.5
+        absorbed = self._absorbed(target[order])
+        attended = attend_by_user(absorbed, events, lengths, requests.counts(), windows, scale)
+        attended = restore(attended, order).view(batch, -1, dim)
+        parts = [self._values(attended, lengths[requests.request])]
+        count = torch.stack([lengths.clamp(1, window) for window in windows], dim=1).to(events.dtype)
+        mean = self._sums(events, lengths) / count.unsqueeze(2)
+        parts.append(mean[requests.request])
+        if vectors is not None and self.gate is not None:
+            gates = self.gate(features["history_action"].values())
+            gated = self._sums((gates.unsqueeze(2) * vectors.unsqueeze(1)).flatten(1), lengths)
+            gated = gated / count.sqrt().unsqueeze(2)
+            parts.append(gated.unflatten(2, (-1, dim)).flatten(1, 2)[requests.request])
+        return torch.cat(parts, dim=1)
+
+    def _terms(self, features: KeyedJaggedTensor) -> Tensor:
+        """``[events, D]``: what action and age add to each event."""
+        # One row per pair of action and age: half the gathering of two tables, forward and backward.
+        pairs = (self.action.weight.unsqueeze(1) + self.age.weight).flatten(0, 1)
+        action, age = features["history_action"].values(), features["history_age"].values()
+        return torch.nn.functional.embedding(action * self.config.ages + age, pairs)
+
+    def _sums(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """``[events, n]`` -> ``[U, windows, n]``: sums over the events that each window sees."""
+        events, users = values.shape[0], lengths.shape[0]
+        rows = torch.arange(users, device=lengths.device)
+        user = torch.repeat_interleave(rows, lengths, output_size=events)
+        distance = events_from_newest(lengths, events).unsqueeze(1)
+        empty = values.new_zeros(users, values.shape[1])
+        sums = [empty.index_add(0, user, values * (distance < window)) for window in self.config.windows]
+        return torch.stack(sums, dim=1)
+
+    def _absorbed(self, target: Tensor) -> Tensor:
+        """``[B, D]`` -> ``[B, heads, D]``: queries that score events themselves, in place of their keys."""
+        dim, heads = target.shape[1], self.config.heads
+        query = self.query(target).view(-1, heads, dim // heads)
+        return torch.einsum("bhw,hwd->bhd", query, self.key.weight.view(heads, dim // heads, dim))
 
     def _seen(self, lengths: Tensor, bound: int) -> Tensor:
         """``[B, windows, bound]`` bool: whether a window of a user holds the event."""
@@ -139,11 +201,8 @@ class TargetAttention(nn.Module):
 
     def _weights(self, target: Tensor, events: Tensor, seen: Tensor) -> Tensor:
         """``[B, windows heads, n]``: softmax over the events of each user that a window sees."""
-        batch, _, dim = events.shape
-        heads, width = self.config.heads, dim // self.config.heads
-        query = self.query(target).view(batch, heads, width)
-        absorbed = torch.einsum("bhw,hwd->bhd", query, self.key.weight.view(heads, width, dim))
-        scores = absorbed @ events.transpose(1, 2) / math.sqrt(width)
+        width = self.config.dim // self.config.heads
+        scores = self._absorbed(target) @ events.transpose(1, 2) / math.sqrt(width)
         seen = seen.unsqueeze(2)
         return (scores.unsqueeze(1).masked_fill(~seen, -1e9).softmax(dim=-1) * seen).flatten(1, 2)
 

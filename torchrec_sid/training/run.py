@@ -219,15 +219,19 @@ class Run:
 
     def read(self, split: str, epoch: int = 0, start_batch: int = 0) -> BatchReader:
         """This rank's batches of a split."""
+        reads = batch_config(
+            self.ranking,
+            self.batch_size,
+            self.config.model.history_length,
+            self.config.id_dropout if split == "train" else 0.0,
+        )
+        shares = self.config.by_request
+        if shares is None:
+            shares = self.log.has_requests and not reads.dropped
         return BatchReader(
             self.log,
             split,
-            batch_config(
-                self.ranking,
-                self.batch_size,
-                self.config.model.history_length,
-                self.config.id_dropout if split == "train" else 0.0,
-            ),
+            replace(reads, by_request=shares),
             rank=self.ranks.rank,
             world_size=self.ranks.size,
             epoch=epoch,

@@ -71,6 +71,9 @@ class TrainConfig:
     """Weight of examples with label 1 in the loss, against 1 for label 0."""
     batch_size: int = 512
     """Rows per step over all processes."""
+    by_request: bool | None = None
+    """Read the history that rows of one request share once for all of them; the numbers are the same. None:
+    where the log has ids of requests, unless id_dropout draws events that are dropped row by row."""
     id_dropout: float = 0.05
     """Share of item ids that the channel known_id takes for unknown in training."""
     epochs: int = 1
