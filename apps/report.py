@@ -54,6 +54,7 @@ _COLUMNS = (
     Column("AUC", "auc", "{:.4f}"),
     Column("AUC cold", "auc_cold", "{:.4f}"),
     Column("bytes/event", "bytes_per_event", "{:,}"),
+    Column("bytes/item", "bytes_per_item", "{:,}"),
     Column("look-ups", "lookups_per_item", "{:.2f}"),
     Column("table rows", "table_rows", "{:,}"),
     Column("table MB", "table_mb", "{:.2f}"),
@@ -68,7 +69,14 @@ _COLUMNS = (
 _TERMINAL = {"name", "ne", "ne_std", "gain", "gain_std", "gain_interval", "ne_cold", "gain_cold_interval"}
 _TERMINAL |= {"cold_over_none", "auc", "bytes_per_event"}
 _TERMINAL |= {"table_mb", "examples_per_second"}
-_COSTS = {"bytes_per_event", "lookups_per_item", "table_rows", "table_mb", "trained_parameters"}
+_COSTS = {
+    "bytes_per_event",
+    "bytes_per_item",
+    "lookups_per_item",
+    "table_rows",
+    "table_mb",
+    "trained_parameters",
+}
 _COSTS |= {"examples_per_second", "train_seconds", "peak_rss_mb"}
 
 
@@ -78,11 +86,11 @@ def summarise(trained: Trained) -> dict[str, Any]:
     Returns:
         ``title``, ``cost``, ``negatives``, ``verdict`` and ``rows`` (also as ``arms``). A gain is the mean
         over seeds of ``1 - NE / NE of the reference with the same seed``, in percent. ``added_mb`` is what
-        the row holds beyond its reference: bytes per event times the events of all histories, and the rows
-        of its tables, in 10^6 bytes. Intervals (``gain_interval`` and the like, and all of them under
-        ``intervals``) are those of :func:`apps.significance.intervals`. ``prediction_difference`` is the
-        mean over examples of ``|p - q|`` for two trainings that differ by seed only, over all pairs; None
-        without predictions.
+        the row holds beyond its reference: bytes per event times the events of all histories, bytes per
+        item times the items, and the rows of its tables, in 10^6 bytes. Intervals (``gain_interval`` and
+        the like, and all of them under ``intervals``) are those of
+        :func:`apps.significance.intervals`. ``prediction_difference`` is the mean over examples of
+        ``|p - q|`` for two trainings that differ by seed only, over all pairs; None without predictions.
     """
     comparison, log = trained.comparison, trained.log
     found = intervals(comparison, trained.runs)
@@ -300,11 +308,14 @@ def _intervals(found: Mapping[str, Any]) -> dict[str, Any]:
 def _costs(runs: Sequence[Mapping[str, Any]], dim: int, log: PreparedLog) -> dict[str, Any]:
     first = runs[0]
     table_mb = first["table_rows"] * dim * 4 / 1e6
+    held = first["bytes_per_event"] * log.manifest["history_events"]
+    held += first.get("bytes_per_item", 0) * log.items  # runs of earlier releases did not count them
     return {
         "bytes_per_event": first["bytes_per_event"],
+        "bytes_per_item": first.get("bytes_per_item"),
         "table_rows": first["table_rows"],
         "table_mb": table_mb,
-        "footprint_mb": table_mb + first["bytes_per_event"] * log.manifest["history_events"] / 1e6,
+        "footprint_mb": table_mb + held / 1e6,
         "lookups_per_item": first["lookups_per_item"],
         "trained_parameters": first["trained_parameters"],
         "examples_per_second": statistics.fmean(run["examples_per_second"] for run in runs),

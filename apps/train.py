@@ -137,6 +137,7 @@ def _costs(run: Run, result: TrainResult) -> dict[str, Any]:
         "peak_rss_mb": max(rank["peak_rss_mb"] for rank in each),
         "ranks": each,
         "bytes_per_event": ranking.bytes_per_event,
+        "bytes_per_item": ranking.bytes_per_item,
         "table_rows": run.table_rows,
         "lookups_per_item": run.sizes.lookups_per_item,
         "trained_parameters": run.sizes.trained_parameters,

@@ -50,6 +50,12 @@ if TYPE_CHECKING:
         load_quantizer as load_quantizer,
         make_quantizer as make_quantizer,
     )
+    from torchrec_sid.models.similarities import (
+        ContentCosine as ContentCosine,
+        PrefixOverlap as PrefixOverlap,
+        SameItem as SameItem,
+        pool_similarities as pool_similarities,
+    )
     from torchrec_sid.replace import replace_embeddings as replace_embeddings
     from torchrec_sid.side import (
         CodeSpaceAttention as CodeSpaceAttention,
@@ -101,6 +107,7 @@ _HOMES = {
         "load_quantizer",
         "make_quantizer",
     ),
+    "models.similarities": ("ContentCosine", "PrefixOverlap", "SameItem", "pool_similarities"),
     "replace": ("replace_embeddings",),
     "side": (
         "CodeSpaceAttention",

@@ -31,7 +31,7 @@ def test_rows_and_equal_entropy(tmp_path: Path) -> None:
     world = World.make(SMALL, tmp_path)
     rows = throughput(world)
     assert [row["arm"] for row in rows] == list(ARMS)
-    assert [row["bytes_per_event"] for row in rows] == [2, 2, 64]
+    assert [row["bytes_per_event"] for row in rows] == [2, 2, 8]
     assert all(row["examples_per_second"] > 0 for row in rows)
     assert all(row["examples_per_second_with_reader"] > 0 for row in rows)
     entropy = quality(world)

@@ -32,7 +32,14 @@ STEPS = BATCHES * EPOCHS
 TABLES = TableOptimizer("adagrad", lr=0.05)
 SIDE = SidSpec((3,) * 10)
 TRANSFORMER = " in a transformer"
-ARMS = ("none", "full_id", "dense", "hashed_prefix", "full_id+side", "hashed_prefix+side" + TRANSFORMER)
+ARMS = (
+    "none",
+    "full_id",
+    "dense+cosine",
+    "hashed_prefix+overlap",
+    "full_id+side",
+    "hashed_prefix+side" + TRANSFORMER,
+)
 
 
 def _ranking(arm: str, log: PreparedLog) -> Ranking:
@@ -136,7 +143,7 @@ def test_two_processes_equal_one(arm: str, tmp_path: Path) -> None:
     mean = torch.tensor([losses for losses, _, _ in results]).mean(0)
     assert (mean - expected).abs().max() <= 1e-6
     assert expected[-BATCHES:].mean() < expected[:BATCHES].mean() - 0.0003, "it learns nothing"
-    tables = 0 if arm in ("none", "dense") else 2
+    tables = 0 if arm in ("none", "dense+cosine") else 2
     assert [pipelined for _, pipelined, _ in results] == [tables, tables]
     first, second = (evaluated for _, _, evaluated in results)
     assert first == second

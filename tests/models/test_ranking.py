@@ -193,11 +193,15 @@ def test_costs_are_those_of_the_arm(stores: tuple) -> None:
         "none": 0,
         "random_hash": 8,
         "full_id": 8,
-        "dense": 12,
+        "dense": 8,
         "hashed_prefix": SPEC.nbytes,
         "full_id+side": 8 + SIDE.nbytes,
     }
-    assert cost("hashed_prefix+sentencepiece") == SPEC.nbytes
+    assert cost("hashed_prefix+sentencepiece") == cost("hashed_prefix+overlap") == SPEC.nbytes
+    # An index is carried once, and what it looks up is kept once per item.
+    assert cost("full_id+known_id+dense+cosine+identity") == 8
+    assert _ranking(stores, arm="known_id+dense+side").bytes_per_item == 12
+    assert _ranking(stores, arm="full_id+side").bytes_per_item == 0
     assert SIDE.nbytes == 2
 
 

@@ -121,7 +121,12 @@ class Ranking:
     @property
     def bytes_per_event(self) -> int:
         """Bytes of one history event at rest; what two channels share counts once."""
-        return sum(store.bytes_per_event for store in self.stores)
+        return sum({store.event or store.kind: store.bytes_per_event for store in self.stores}.values())
+
+    @property
+    def bytes_per_item(self) -> int:
+        """Bytes kept once for each item of the catalog, tables of parameters left out."""
+        return sum(store.bytes_per_item for store in self.stores)
 
     @property
     def item_values(self) -> dict[str, Tensor]:
@@ -212,9 +217,13 @@ def _channels(config: RankingConfig, arm: Arm, inputs: ChannelInputs) -> dict[st
         return {"events": EventsOnly(TargetAttention(replace(history, pools=0), device=inputs.device))}
     if not config.encoder_layers:
         return arm.build(inputs)
-    embedder = SumOfEmbedders(arm.embedders(inputs))
+    beside = {c.name: c.build(inputs) for c in arm.channels if c.embed is None}
+    embedders = arm.embedders(inputs)
+    if not embedders:
+        return beside
     attention = inputs.attention()
-    return {"stream": EmbeddedChannel(embedder, attention, _encoder(config, inputs))}
+    stream = EmbeddedChannel(SumOfEmbedders(embedders), attention, _encoder(config, inputs))
+    return {"stream": stream, **beside}
 
 
 def _history(config: RankingConfig, sizes: LogSizes) -> HistoryConfig | None:

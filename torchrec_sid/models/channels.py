@@ -19,6 +19,7 @@ from torchrec_sid.models.content import (
     ContentTower,
 )
 from torchrec_sid.models.embedder import Embedder, ItemEmbedder, SideEmbedder
+from torchrec_sid.models.similarities import ContentCosine, PrefixOverlap, SameItem, SimilarityChannel
 from torchrec_sid.models.stores import ContentStore, IdStore, ItemStore, KnownIdStore, SideStore, SidStore
 from torchrec_sid.models.target_attention import HistoryConfig, TargetAttention
 from torchrec_sid.plugins import Registry
@@ -93,11 +94,11 @@ class Channel:
     """Options of a training whose artefacts its store opens."""
     fields: tuple[str, str]
     """Batch fields of the candidate and of the history."""
-    embed: Callable[[ChannelInputs], Embedder]
-    """Makes a vector of the candidate and one of each event."""
+    embed: Callable[[ChannelInputs], Embedder] | None
+    """Makes a vector of the candidate and one of each event; None: it has none, only numbers."""
     attend: Callable[[ChannelInputs], ItemChannel] | None = None
     """Makes a channel that summarises the history without embedding its events; None: target attention over
-    embedded events."""
+    embedded events. A channel has one of the two."""
     about: str = ""
     """How the ranker gets to know an item, in a line of a report."""
 
@@ -110,6 +111,7 @@ class Channel:
         """
         if self.attend is not None:
             return self.attend(inputs)
+        assert self.embed is not None
         return EmbeddedChannel(embedder or self.embed(inputs), inputs.attention())
 
 
@@ -228,6 +230,18 @@ def _embedded_side(inputs: ChannelInputs) -> SideEmbedder:
     return SideEmbedder(features, nn.Linear(features.dim, inputs.dim, device=inputs.device))
 
 
+def _similarity(
+    measure: Callable[[ChannelInputs], nn.Module], fields: tuple[str, str]
+) -> Callable[[ChannelInputs], ItemChannel]:
+    def attend(inputs: ChannelInputs) -> ItemChannel:
+        made = measure(inputs)
+        return SimilarityChannel(
+            made, fields, inputs.dim, inputs.history, inputs.action_values, inputs.device
+        )
+
+    return attend
+
+
 CHANNELS: Registry[Channel] = Registry("channel")
 """Channel name -> channel."""
 
@@ -302,6 +316,36 @@ register_channel(
         about="the SID's codes turned into vectors and similarities without a table (SIDE)",
     )
 )
+for _channel in (
+    Channel(
+        "cosine",
+        ContentStore,
+        (),
+        _BY_ID,
+        None,
+        _similarity(lambda i: ContentCosine(i.store(ContentStore).content, device=i.device), _BY_ID),
+        about="no vector: how like the content of what the user liked its content is",
+    ),
+    Channel(
+        "overlap",
+        SidStore,
+        _CATALOG,
+        _BY_SID,
+        None,
+        _similarity(lambda i: PrefixOverlap(i.store(SidStore).spec), _BY_SID),
+        about="no vector: how long a prefix its SID shares with those of what the user liked",
+    ),
+    Channel(
+        "identity",
+        IdStore,
+        (),
+        _BY_ID,
+        None,
+        _similarity(lambda i: SameItem(), _BY_ID),
+        about="no vector: whether the user had to do with this very item before",
+    ),
+):
+    register_channel(_channel)
 
 
 @dataclass(frozen=True)
@@ -330,14 +374,15 @@ class Arm:
 
     def build(self, inputs: ChannelInputs) -> dict[str, ItemChannel]:
         """Its channels as modules by name, those that attend without embedding events first."""
-        embedders = {c.name: c.embed(inputs) for c in self.channels if c.attend is None}
+        embedders = {c.name: c.embed(inputs) for c in self.channels if c.embed and c.attend is None}
         ordered = sorted(self.channels, key=lambda channel: channel.attend is None)
         return {c.name: c.build(inputs, embedders.get(c.name)) for c in ordered}
 
     def embedders(self, inputs: ChannelInputs) -> list[Embedder]:
-        """Every channel as vectors of events, for a model in which all share one stream."""
+        """Every channel as vectors of events, for a model in which all share one stream; those that have
+        only numbers stay beside it."""
         ordered = sorted(self.channels, key=lambda channel: channel.attend is not None)
-        return [channel.embed(inputs) for channel in ordered]
+        return [channel.embed(inputs) for channel in ordered if channel.embed is not None]
 
 
 ARMS = ("full_id", "full_id+side", "dense", "hashed_prefix", "random_hash", "none")

@@ -69,6 +69,8 @@ class ItemStore(ABC):
     """Name of the store in arms and errors."""
     needs: ClassVar[str]
     """What to pass where it is missing."""
+    event: ClassVar[str] = ""
+    """What an event carries for it; stores that name the same share it. Empty: its own."""
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """Name -> ``[N, ...]``, one row per dense item index."""
     catalogs: Mapping[str, SidCatalog] = field(default_factory=dict)
@@ -92,6 +94,11 @@ class ItemStore(ABC):
     def bytes_per_event(self) -> int:
         """Bytes that the item of one history event costs at rest."""
 
+    @property
+    def bytes_per_item(self) -> int:
+        """Bytes kept once per item, where events carry the item's index alone."""
+        return 0
+
     def unknown(self) -> Mapping[str, Tensor]:
         """The values of an item that nothing is known of, ``[...]`` each; used by controls."""
         return {}
@@ -108,6 +115,7 @@ class IdStore(ItemStore):
 
     kind = "id"
     needs = "nothing"
+    event = "id"
 
     @classmethod
     def open(cls, source: ItemSource) -> IdStore:
@@ -126,6 +134,7 @@ class KnownIdStore(ItemStore):
 
     kind = "known_id"
     needs = "which items training saw"
+    event = "id"
 
     @classmethod
     def open(cls, source: ItemSource) -> KnownIdStore:
@@ -228,6 +237,7 @@ class ContentStore(ItemStore):
 
     kind = "content"
     needs = "the items' content embeddings"
+    event = "id"
     content: Tensor
     """``[N, d]`` floating point."""
 
@@ -240,6 +250,11 @@ class ContentStore(ItemStore):
 
     @property
     def bytes_per_event(self) -> int:
+        """Of the item's index, by which the embedding is looked up."""
+        return RAW_ID_BYTES
+
+    @property
+    def bytes_per_item(self) -> int:
         """Of the embedding in bfloat16."""
         return 2 * self.content.shape[1]
 

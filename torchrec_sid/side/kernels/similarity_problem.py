@@ -77,23 +77,35 @@ class SimilarityProblem(NamedTuple):
 
     def finish(self, sums: Tensor, maxima: Tensor) -> Tensor:
         """Sums ``[C, num_sums]`` and maxima ``[C, num_maxima]`` -> features ``[C, n]``."""
-        hot = len(self.temperatures)
-        count = torch.where(sums[..., :1] > 0, sums[..., :1], 1.0)
-        weights = sums[..., 2 : 2 + hot]
-        temperatures = torch.tensor(self.temperatures, device=sums.device)
-        tiny = torch.finfo(sums.dtype).tiny
-        soft = 1 + (weights / count).clamp_min(tiny).log() / temperatures
-        soft = torch.where(sums[..., :1] == 0, -1.0, soft)
-        parts = [maxima[..., :1], sums[..., 1:2] / count, soft]
-        at = 2 + hot
-        if self.labels is not None:
-            parts += [
-                sums[..., at : at + hot] / weights.clamp_min(tiny),
-                sums[..., at + hot : at + hot + 1] / count,
-                maxima[..., 1:],
-            ]
-            at += hot + 1
-        return torch.cat([*parts, sums[..., at:] / count], dim=-1)
+        return features_of_sums(sums, maxima, self.temperatures, self.labels is not None)
+
+
+def features_of_sums(sums: Tensor, maxima: Tensor, temperatures: Sequence[float], labelled: bool) -> Tensor:
+    """Sums and maxima over events -> features, in the order of ``SimilarityConfig.names``.
+
+    Args:
+        sums: ``[C, n]``: events, similarity, weights ``exp(t (similarity - 1))`` by temperature; where
+            labelled, these weights times label, similarity times label; then events by bin.
+        maxima: ``[C, 1]``, or ``[C, 3]`` where labelled: over all events, liked, disliked; -1 without any.
+        temperatures: t.
+        labelled: whether events have labels.
+    """
+    hot = len(temperatures)
+    count = torch.where(sums[..., :1] > 0, sums[..., :1], 1.0)
+    weights = sums[..., 2 : 2 + hot]
+    tiny = torch.finfo(sums.dtype).tiny
+    soft = 1 + (weights / count).clamp_min(tiny).log() / torch.tensor(temperatures, device=sums.device)
+    soft = torch.where(sums[..., :1] == 0, -1.0, soft)
+    parts = [maxima[..., :1], sums[..., 1:2] / count, soft]
+    at = 2 + hot
+    if labelled:
+        parts += [
+            sums[..., at : at + hot] / weights.clamp_min(tiny),
+            sums[..., at + hot : at + hot + 1] / count,
+            maxima[..., 1:],
+        ]
+        at += hot + 1
+    return torch.cat([*parts, sums[..., at:] / count], dim=-1)
 
 
 def checked_problem(
