@@ -17,6 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
+from torchrec_sid.artifact.place import locate
+from torchrec_sid.data.prepare_config import PrepareConfig
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.errors import SidError
 from torchrec_sid.learn import SidRecipe
@@ -41,7 +43,10 @@ class CompareConfig:
     output: str = "out"
     """Folder of the report, the catalog and the runs."""
     data: str | None = None
-    """Folder of a log; default: a synthetic one, made in OUTPUT/synthetic."""
+    """Folder of a log, local or a URI; default: a synthetic one, made in OUTPUT/synthetic."""
+    specification: str | None = None
+    """What the log's columns are (YAML, see docs/data.md): its features reach every arm. none: item, history
+    and time alone. Default: specification.yaml in DATA, else what `torchrec-sid inspect` guesses."""
     arms: tuple[str, ...] = ARMS
     """Which arms, see torchrec_sid/models/channels.py."""
     seeds: int = 1
@@ -56,8 +61,6 @@ class CompareConfig:
     """Python files that add quantizers, schemes or channels."""
     source: str | None = None
     """Embedding source that SIDs and the dense arm read; default: the log's own default."""
-    specification: str | None = None
-    """Description of the log's features (YAML), see docs/your_data.md: they reach every arm."""
     evaluate_on: str = "test"
     """Split that the table is about; tune on valid."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -70,6 +73,10 @@ class CompareConfig:
     """Backbone; its arm is ignored."""
     batch_size: int = 512
     """Rows per step over all processes."""
+    slices: tuple[str, ...] = ()
+    """Categorical features of the specification by whose values metrics are given too."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """How the log becomes examples."""
 
     def __post_init__(self) -> None:
         if min(self.seeds, self.processes, self.jobs) < 1:
@@ -103,16 +110,18 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     for name in config.arms:
         arm_named(name)
     output = Path(config.output)
-    data = Path(config.data) if config.data else output / "synthetic"
+    data = config.data or str(output / "synthetic")
     if config.data is None:
         with console.status("making a synthetic log"):
-            write_synthetic(data, config.synthetic)
+            write_synthetic(Path(data), config.synthetic)
     base = TrainConfig(
-        data=str(data),
+        data=data,
+        specification=config.specification,
+        prepare=config.prepare,
+        slices=config.slices,
         output=str(output / "runs"),
         source=config.source,
         batch_size=config.batch_size,
-        specification=config.specification,
         evaluate_on=config.evaluate_on,
     )
 
@@ -120,9 +129,10 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         made = arm_rows(config)
         return made.with_file(config.rows_file, items) if config.rows_file else made
 
-    trained = run_rows(rows, base, Effort(config.seeds, config.processes, config.jobs), output, console)
+    effort = Effort(config.seeds, config.processes, config.jobs)
+    trained = run_rows(rows, base, effort, output, console, guess=config.data is not None)
     report = summarise(trained) | {
-        "dataset": data.name,
+        "dataset": locate(data).name,
         "world_size": config.processes,
         "seeds": list(range(config.seeds)),
         "command": command_line(),
@@ -142,6 +152,7 @@ def arm_rows(config: CompareConfig) -> Comparison:
         else None
     )
     sources = (config.source,) if config.source else ()
+    bare = config.data is None or config.specification == "none"
     rows = tuple(
         Row(
             arm.name,
@@ -159,8 +170,8 @@ def arm_rows(config: CompareConfig) -> Comparison:
             "side": SidRecipe(config.side, sources=sources),
         },
         reference="full_id" if "full_id" in config.arms else None,
-        none="none" if "none" in config.arms and config.specification is None else None,
-        features="none" if "none" in config.arms and config.specification is not None else None,
+        none="none" if "none" in config.arms and bare else None,
+        features="none" if "none" in config.arms and not bare else None,
     )
 
 

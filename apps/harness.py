@@ -17,18 +17,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchrec_sid.artifact import write_json
-from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.artifact import write_atomically, write_json
+from torchrec_sid.data.embeddings import find_embeddings
+from torchrec_sid.data.lake import ParquetTable, folder_at
 from torchrec_sid.data.prepared import PreparedLog
-from torchrec_sid.data.schema import LogFolder
+from torchrec_sid.data.schema import LogFolder, find_specification
 from torchrec_sid.data.specification import Specification
 from torchrec_sid.errors import SidError
-from torchrec_sid.learn import LearnedSids, learn_sids
+from torchrec_sid.learn import LearnedSids, LearnOptions, learn_sids
 from torchrec_sid.models.channels import arm_named
 from torchrec_sid.parallel.ranks import process_group
 from torchrec_sid.training.train_config import TrainConfig
 
+from .embed import EmbedConfig, embed
 from .launch import launch_training, sid_options, write_options
+from .prepare_log import guessed, prepare_on_screen
 from .quantize_report import plot_quality
 from .rows import Comparison, Row
 from .rundir import set_up_logging
@@ -74,6 +77,7 @@ def run_rows(
     console: Console,
     *,
     content: Mapping[str, object] | None = None,
+    guess: bool = False,
 ) -> Trained:
     """Prepare the log, learn the SIDs that the rows read, and train every row with every seed.
 
@@ -84,35 +88,42 @@ def run_rows(
         home: folder of what trainings share: ``prepared`` and ``sids``.
         console: for progress.
         content: fields of each :class:`SidRecipe` to replace: source, categories, separator.
+        guess: whether a log that has no specification is read with a guessed one.
 
     Raises:
         SidError: bad data, an unknown arm, a folder that is not ours, or a training that failed.
     """
-    data = Path(base.data)
-    file = base.specification
-    with console.status(f"preparing {escape(str(data))}"):
-        bare = log = prepare(data, home / "prepared", PrepareConfig())
-        if file is not None:
-            described = Specification.read(file)
-            log = prepare(data, home / "prepared-features", PrepareConfig(), specification=described)
-    sources = LogFolder.open(data).sources
+    data = base.data
+    specification = find_specification(data, base.specification)
+    if specification is None and guess and base.specification != "none":
+        base = replace(base, specification=str(guessed(data, home / "specification.yaml", console)))
+        specification = find_specification(data, base.specification)
+    place = home / ("prepared" if specification is None else "prepared-features")
+    log = prepare_on_screen(data, place, base.prepare, specification, console)
+    base = replace(base, embeddings=base.embeddings or _embedded(data, home / "embeddings", console))
+    item_id = None if specification is None else specification.columns.item_id
+    sources = LogFolder.open(data, item_id=item_id, embeddings=base.embeddings).sources
+    base = replace(base, prepared=str(log.path))
     rows = comparison(log.items).for_sources(sources)
     arms = {row.name: arm_named(row.model.arm) for row in rows.rows}
+    plain = base
+    if specification is not None and any(row.bare for row in rows.rows):
+        plain = _without_features(base, specification, home, console)
     learned: dict[str, LearnedSids] = {}
     for name in sorted({n for row in rows.rows for n in (row.tables, row.side) if n is not None}):
         recipe = replace(rows.sids[name], **dict(content or {}))  # type: ignore[arg-type]
         with console.status(f"learning SIDs: {escape(name)}"):
-            learned[name] = learn_sids(recipe, data, log, home / "sids" / name.replace(" ", "-"))
+            place = home / "sids" / name.replace(" ", "-")
+            learned[name] = learn_sids(recipe, data, log, place, LearnOptions(embeddings=base.embeddings))
             plot_quality(learned[name].report(), learned[name].quality.with_name("quality.png"))
+        _say_missing(name, learned[name], console)
 
     def run(row: Row, seed: int) -> TrainConfig:
         name = row.name.replace(" ", "-").replace("+", "and") if " " in row.name else row.name
         return replace(
-            base,
+            plain if row.bare else base,
             **dict(rows.training),
             output=str(Path(base.output) / f"{name}-seed{seed}"),
-            prepared=str((bare if row.bare else log).path),
-            specification=None if row.bare else base.specification,
             predictions=True,
             **sid_options(arms[row.name], learned.get(row.tables or ""), learned.get(row.side or "")),
             shuffle_sids=row.shuffled,
@@ -127,6 +138,40 @@ def run_rows(
     return Trained(
         rows, {name: [Path(r.output) for r in mine] for name, mine in runs.items()}, log, learned
     )
+
+
+def _without_features(
+    base: TrainConfig, specification: Specification, home: Path, console: Console
+) -> TrainConfig:
+    """The same log by its keys and its first label alone, for rows that read no features."""
+    keys = replace(specification, labels=specification.labels[:1], features=(), counters=None)
+    file = home / "without-features.yaml"
+    write_atomically(file, lambda path: path.write_text(keys.to_yaml()))
+    log = prepare_on_screen(base.data, home / "prepared", base.prepare, keys, console)
+    return replace(base, specification=str(file), prepared=str(log.path), slices=())
+
+
+def _embedded(data: str, home: Path, console: Console) -> str | None:
+    """The folder of embeddings of the items' texts, where the log has none of its own; None: not needed."""
+    place = folder_at(data)
+    items = ParquetTable.find(place, "items")
+    columns = tuple(name for name in EmbedConfig.columns if name in items.names)
+    if find_embeddings(place) or not columns:
+        return None
+    with console.status(f"embedding {' and '.join(columns)}"):
+        done = embed(EmbedConfig(data, str(home), columns))
+    console.print(
+        f"no embeddings: {done.items:,} items are embedded by {' and '.join(columns)}"
+        + (f", {done.without_text:,} of them have no text" if done.without_text else ""),
+        markup=False,
+    )
+    return str(home)
+
+
+def _say_missing(name: str, sids: LearnedSids, console: Console) -> None:
+    bare = json.loads(sids.quality.read_text())["without_sid"]["any"]
+    if bare:
+        console.print(f"SIDs {name}: {bare:,} items without content have none", markup=False)
 
 
 def claim_run(run: TrainConfig, processes: int, marks: Mapping[str, str]) -> bool:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from torchrec_sid.artifact.place import locate
+from torchrec_sid.data.prepare_config import PrepareConfig
 from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.plugins import load_plugins
@@ -54,8 +56,6 @@ class PaperConfig:
     """Python files that add quantizers, schemes or channels."""
     evaluate_on: str = "test"
     """Split that the table is about; tune on valid."""
-    specification: str | None = None
-    """Description of the log's features (YAML), see docs/your_data.md: they reach every row."""
     source: str | None = None
     """Embedding source of the SIDs of one source and of dense; default: the log's own."""
     categories: tuple[str, ...] = ()
@@ -66,6 +66,11 @@ class PaperConfig:
     """Optimizer of the embedding tables."""
     max_steps: int | None = None
     """Stop each training after so many steps: for a quick look."""
+    specification: str | None = None
+    """What the log's columns are (YAML, see docs/data.md): its features reach every row. Default:
+    specification.yaml in DATA, else item, history and time alone."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """How the log becomes examples."""
 
     def __post_init__(self) -> None:
         if self.table not in TABLES:
@@ -96,16 +101,17 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
     """
     for file in config.plugin:
         load_plugins(file)
-    data = Path(config.data)
-    output = Path(config.output or Path("out/paper") / data.name / config.table)
+    dataset = locate(config.data).name
+    output = Path(config.output or Path("out/paper") / dataset / config.table)
     base = TrainConfig(
         data=config.data,
         output=str(output / "runs"),
+        specification=config.specification,
+        prepare=config.prepare,
         source=config.source,
         tables=config.tables,
         evaluate_on=config.evaluate_on,
         max_steps=config.max_steps,
-        specification=config.specification,
     )
 
     def rows(items: int) -> Comparison:
@@ -119,7 +125,7 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
     effort = Effort(config.seeds, jobs=config.jobs)
     trained = run_rows(rows, base, effort, output.parent, console, content=content)
     report = summarise(trained) | {
-        "dataset": data.name,
+        "dataset": dataset,
         "world_size": 1,
         "seeds": list(range(config.seeds)),
         "command": command_line(),

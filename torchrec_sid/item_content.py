@@ -76,6 +76,8 @@ class ItemContent:
         sources: Sequence[str] = (),
         categories: Sequence[str] = (),
         separator: str | None = None,
+        item_id: str | None = None,
+        embeddings: str | Path | None = None,
     ) -> ItemContent:
         """What a quantizer that is to be fitted reads.
 
@@ -86,16 +88,19 @@ class ItemContent:
             sources: embedding sources that are fused; default: all.
             categories: category columns of items.parquet that are fused in.
             separator: what stands between several values of a category.
+            item_id: key of items.parquet; None: a name that people use.
+            embeddings: folder of the embeddings, where they do not lie in ``data``.
 
         Raises:
             SidError: an unknown source or column, or one name for both.
         """
+        # Items without an embedding are read too, so that they can be counted.
+        folder = LogFolder.open(
+            data, source=None if fuses else source, events=False, whole=True, item_id=item_id,
+            embeddings=embeddings,
+        )  # fmt: skip
         if not fuses:
-            # Items without this embedding are read too, so that they can be counted.
-            name = source or LogFolder.open(data, events=False).source().file.name
-            folder = LogFolder.open(data, source=name, events=False, whole=True)
-            return cls(folder, (name,), Classes(), False)
-        folder = LogFolder.open(data, events=False, whole=True)
+            return cls(folder, (folder.source().file.name,), Classes(), False)
         chosen = tuple(sources) or folder.sources
         both = sorted(set(chosen) & set(categories))
         if both:

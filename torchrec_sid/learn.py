@@ -19,8 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_sid.artifact import folder_lock, read_manifest, record_file, write_json
+from torchrec_sid.artifact import folder_lock, read_manifest, write_json
+from torchrec_sid.artifact.place import Place
 from torchrec_sid.catalog import SidCatalog, add_last_digit
+from torchrec_sid.data.fingerprint import file_entry
+from torchrec_sid.data.lake import folder_at
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import ItemIndex
 from torchrec_sid.errors import SidError
@@ -110,6 +113,8 @@ class LearnOptions:
     """Show bars."""
     device: torch.device | str = "cpu"
     """Where the quantizer lives."""
+    embeddings: str | None = None
+    """Folder of the embeddings, where they do not lie with the items; what they hold counts, not where."""
     checkpoint_every: int = 0
     """Steps of a gradient fit between writes of OUTPUT/fit.safetensors, where the same call goes on."""
     group: dist.ProcessGroup | None = None
@@ -138,7 +143,7 @@ def learn_sids(
         SidError: a source or column that the folder does not have, content that cannot be learned from, or
             another catalog in the place of this one that must not be overwritten.
     """
-    data, output, options = Path(data), Path(output), options or LearnOptions()
+    output, options = Path(output), options or LearnOptions()
     wanted = _identity(recipe, data, log, options, output)
     made = _is_made(output, wanted)
     if not made and not options.overwrite and SidCatalog.exists(output / "catalog"):
@@ -148,7 +153,7 @@ def learn_sids(
             "Choose another folder, or pass --overwrite.",
         )
     if Collectives(options.group).agree(not made):
-        content = _content(recipe, data)
+        content = _content(recipe, data, log, options)
         chosen = _choose(recipe, content, log, options)
         labels = _labels(content, options, recipe.separator)
         with folder_lock(output):
@@ -169,7 +174,7 @@ def help_fit(
 ) -> None:
     """The part of every process of ``options.group`` but the first: train along; nothing is written."""
     if Collectives(options.group).agree(False) and quantizer_of(recipe.quantizer).trains:
-        content = _content(recipe, Path(data))
+        content = _content(recipe, data, log, options)
         _fit(recipe, content, _choose(recipe, content, log, options), Path(output), options)
 
 
@@ -235,7 +240,10 @@ class _Chosen(NamedTuple):
     how: str  # in words
 
 
-def _content(recipe: SidRecipe, data: Path) -> ItemContent:
+def _content(
+    recipe: SidRecipe, data: str | Path, log: PreparedLog | None, options: LearnOptions
+) -> ItemContent:
+    described = None if log is None else log.specification
     return ItemContent.choose(
         data,
         fuses=quantizer_of(recipe.quantizer).fuses,
@@ -243,6 +251,8 @@ def _content(recipe: SidRecipe, data: Path) -> ItemContent:
         sources=recipe.sources,
         categories=recipe.categories,
         separator=recipe.separator,
+        item_id=None if described is None else described.columns.item_id,
+        embeddings=options.embeddings,
     )
 
 
@@ -413,7 +423,11 @@ def _learned(output: Path, *, pieces: bool) -> LearnedSids:
 
 
 def _identity(
-    recipe: SidRecipe, data: Path, log: PreparedLog | None, options: LearnOptions, output: Path
+    recipe: SidRecipe,
+    data: str | Path,
+    log: PreparedLog | None,
+    options: LearnOptions,
+    output: Path,
 ) -> dict[str, Any]:
     """Recipe, log and content; files that did not change since the last stamp are not hashed again."""
     fit_on = options.fit_on
@@ -424,27 +438,28 @@ def _identity(
         "fit_on": None if fit_on is None else hashlib.sha256(np.packbits(fit_on).tobytes()).hexdigest(),
         "label": options.label,
         "processes": Collectives(options.group).size,
-        "inputs": _inputs(data, _read_stamp(output).get("inputs", {})),
+        "inputs": _inputs(data, options.embeddings, _read_stamp(output).get("inputs", {})),
     }
     identity: dict[str, Any] = json.loads(json.dumps(plain))
     return identity
 
 
-def _inputs(data: Path, known: dict[str, Any]) -> dict[str, Any]:
+def _inputs(data: str | Path, embeddings: str | None, known: dict[str, Any]) -> dict[str, Any]:
     """Size, modification time and SHA-256 of the items and their embeddings, by file."""
     found = {}
-    for path in sorted(file for top in data.glob("item*") for file in _files_below(top)):
-        name, status = str(path.relative_to(data)), path.stat()
-        entry = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-        before = known.get(name, {})
-        same = {key: before.get(key) for key in entry} == entry
-        sha = before["sha256"] if same else record_file(path.parent, path.name).sha256
-        found[name] = {**entry, "sha256": sha}
+    for folder in (data, *((embeddings,) if embeddings else ())):
+        place = folder_at(folder)
+        tops = [top for top in place.iterdir() if top.name.startswith("item")]
+        for path in sorted((file for top in tops for file in _files_below(top)), key=str):
+            name = str(path).removeprefix(f"{place}/")
+            found[name] = file_entry(path, known.get(name, {}))
     return found
 
 
-def _files_below(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+def _files_below(path: Place) -> list[Place]:
+    if path.is_file():
+        return [path]
+    return [file for below in path.iterdir() for file in _files_below(below)]
 
 
 def _read_stamp(output: Path) -> dict[str, Any]:

@@ -103,10 +103,11 @@ class DuckEngine:
         paths = ", ".join(
             _quoted(str(file if isinstance(file, RemotePath) else file.absolute())) for file in source.files
         )
-        options = "filename=true, file_row_number=true, union_by_name=true, hive_partitioning=" + (
-            "true" if source.partitions else "false"
+        options = "filename=true, file_row_number=true, union_by_name=true, hive_types_autocast=false"
+        options += f", hive_partitioning={'true' if source.partitions else 'false'}"
+        columns = ", ".join(
+            _typed(source, column, f'r."{column}"', f'"{column}"', "VARCHAR") for column in source.names
         )
-        columns = ", ".join(f'r."{column}"' for column in source.names)
         whole = f"read_parquet([{paths}], {options}) r"
         if len(source.files) == 1:
             select = f"SELECT {columns}, r.file_row_number AS {ROW} FROM {whole}"
@@ -200,6 +201,7 @@ class SparkEngine:
         settings = {
             "spark.sql.session.timeZone": "UTC",
             "spark.sql.legacy.parquet.nanosAsLong": "true",
+            "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
             "spark.sql.ansi.enabled": "true",
         }
         if active is None:
@@ -223,7 +225,11 @@ class SparkEngine:
             frame = frame.option("basePath", _base_path(source))
         frame = frame.parquet(*[_spark_path(file) for file in source.files])
         columns = [f"`{column}`" for column in source.names]
-        whole = frame.selectExpr(*columns, "_metadata.row_index AS _row", "_metadata.file_path AS _file")
+        typed = [
+            _typed(source, name, column, column, "STRING")
+            for name, column in zip(source.names, columns, strict=True)
+        ]
+        whole = frame.selectExpr(*typed, "_metadata.row_index AS _row", "_metadata.file_path AS _file")
         found = [row[0] for row in whole.selectExpr("_file").distinct().collect()]
         first = _first_rows(source, found)
         files = self._session.createDataFrame(
@@ -292,6 +298,14 @@ def _sql(query: Table, dialect: str) -> str:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
+
+
+def _typed(source: ParquetTable, name: str, column: str, called: str, text: str) -> str:
+    """A column; one of hive partitions in the type that the table gives it, not in an engine's own."""
+    if name not in source.partitions:
+        return column
+    kind = "BIGINT" if pa.types.is_integer(source.schema.field(name).type) else text
+    return f"CAST({column} AS {kind}) AS {called}"
 
 
 def _spark_path(file: Any) -> str:

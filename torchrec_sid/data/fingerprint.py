@@ -38,7 +38,7 @@ class InputFiles:
             table = folder.table(name)
             for file in () if table is None else table.files:
                 path = str(file).removeprefix(f"{folder.path}/")
-                entries[path] = _entry(file, known.get(path, {}))
+                entries[path] = file_entry(file, known.get(path, {}))
         return cls(entries)
 
     def fingerprint(self, version: int, config: dict[str, Any], folder: LogFolder) -> str:
@@ -50,7 +50,12 @@ class InputFiles:
         return digest.hexdigest()
 
 
-def _entry(file: Place, known: dict[str, Any]) -> dict[str, Any]:
+def file_entry(file: Place, known: dict[str, Any]) -> dict[str, Any]:
+    """Size, modification time and SHA-256 of a file; one that is as ``known`` says is not read again.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
     if not isinstance(file, Path):
         return {"bytes": file.size(), "mtime_ns": 0, "sha256": file_hash(file)}
     try:

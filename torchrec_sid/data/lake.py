@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from torchrec_sid.hashing import text_id
 Array = np.ndarray[Any, Any]
 
 _LARGEST = 2**63 - 1
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class ParquetTable:
         for column in partitions:
             if column not in schema.names:
                 values = [_partition_values(folder, file)[column] for file in files]
-                whole = all(v.lstrip("-").isdigit() for v in values)
+                whole = all(v.lstrip("-").isdigit() for v in values if v is not None)
                 schema = schema.append(pa.field(column, pa.int64() if whole else pa.string()))
         return cls(where, tuple(files), tuple(f.metadata.num_rows for f in opened), schema, partitions)
 
@@ -108,7 +110,9 @@ class ParquetTable:
         if len(self.files) == 1:
             return f"row {row}"
         number = int(np.searchsorted(self.first_rows, row, side="right")) - 1
-        return f"row {row - self.first_rows[number]} of {self.files[number].name}"
+        # Partitions give their files one name: it takes the path below the table to tell them apart.
+        file = str(self.files[number]).removeprefix(f"{self.where}/").rsplit(f"{self.where}.parquet/")[-1]
+        return f"row {row - self.first_rows[number]} of {file}"
 
 
 def exists(folder: Place, name: str) -> bool:
@@ -233,9 +237,10 @@ def _parts(folder: Place) -> Iterator[Place]:
             yield path
 
 
-def _partition_values(folder: Place, file: Place, deep: bool = False) -> dict[str, str]:
+def _partition_values(folder: Place, file: Place, deep: bool = False) -> dict[str, str | None]:
     names = str(file).removeprefix("" if deep else str(folder)).split("/")[:-1]
-    return dict(name.split("=", 1) for name in names if "=" in name)
+    found = dict(name.split("=", 1) for name in names if "=" in name)
+    return {name: None if value == _HIVE_NULL else unquote(value) for name, value in found.items()}
 
 
 def _partition_columns(folder: Place, files: list[Place], where: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torchrec_sid.data.embeddings import ContentSource, EmbeddingFile, find_embe
 from torchrec_sid.data.event_columns import named_column
 from torchrec_sid.data.lake import ParquetTable, exists, folder_at, keys_of, numbers_of, read_bytes
 from torchrec_sid.data.parquet import Array, open_parquet
-from torchrec_sid.data.specification import KeyColumns
+from torchrec_sid.data.specification import KeyColumns, Specification
 from torchrec_sid.errors import SidError
 from torchrec_sid.hashing import text_id
 from torchrec_sid.streams import EmbeddingStream
@@ -27,6 +27,7 @@ ITEMS = "items.parquet"
 EVENTS = "events.parquet"
 HISTORIES = "histories.parquet"
 SETTINGS = "dataset.json"
+SPECIFICATION = "specification.yaml"
 
 MissingEmbedding = Literal["error", "drop"]
 
@@ -96,6 +97,7 @@ class LogFolder:
         events: bool = True,
         whole: bool = False,
         item_id: str | None = None,
+        embeddings: str | Path | None = None,
     ) -> LogFolder:
         """Open a folder and check that its files fit together (cheap; see :meth:`validate` for the rest).
 
@@ -110,6 +112,7 @@ class LogFolder:
             events: whether there must be an events.parquet; quantizers need none.
             whole: keep items without an embedding in the default source too.
             item_id: key of items.parquet; None: ``item_id`` or another name that people use.
+            embeddings: folder of the ``item_emb`` files, where they do not lie in ``path``.
 
         Raises:
             SidError: a missing column, a wrong type, a duplicate item id, a row count mismatch.
@@ -125,7 +128,7 @@ class LogFolder:
         ids = numbers_of(keys, table.where)
         if events:
             ParquetTable.find(path, "events")
-        files = find_embeddings(path, key)
+        files = find_embeddings(path if embeddings is None else folder_at(embeddings), key)
         name = source or settings.get("default_source") or _richest(path, table, files)
         if name is not None and name not in {f.name for f in files}:
             raise SidError(
@@ -274,6 +277,24 @@ class LogFolder:
         for source in self.embedding_sources.values():
             for _ in source.stream():
                 pass
+
+
+def find_specification(data: str | Path, named: str | None) -> Specification | None:
+    """What describes a log: a file that is named, else specification.yaml in its folder.
+
+    Args:
+        data: folder of the log.
+        named: a file, or ``none`` for a log without features.
+
+    Raises:
+        SidError: no such folder or file, or one that is no specification.
+    """
+    if named == "none":
+        return None
+    if named is not None:
+        return Specification.read(named)
+    file = folder_at(data) / SPECIFICATION
+    return Specification.read(file) if file.is_file() else None
 
 
 def _read_settings(path: Place) -> dict[str, Any]:

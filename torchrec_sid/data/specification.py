@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from torchrec_sid.artifact.place import RemotePath, locate
 from torchrec_sid.artifact.typed import MismatchError, read_typed
 from torchrec_sid.errors import SidError
 
@@ -239,17 +240,20 @@ class Specification:
         return yaml.safe_dump(body, sort_keys=False)
 
     @classmethod
-    def read(cls, path: str | Path) -> Specification:
-        """Read a file.
+    def read(cls, path: str | Path | RemotePath) -> Specification:
+        """Read a file, local or behind a URI.
 
         Raises:
             SidError: missing, not YAML, an unknown name, a value of another type, a contradiction.
         """
-        path = Path(path)
+        place = locate(path)
         try:
-            body = yaml.safe_load(path.read_text())
+            with place.open_bytes() if isinstance(place, RemotePath) else place.open("rb") as file:
+                body = yaml.safe_load(file.read().decode())
         except OSError as error:
-            raise SidError(str(path), f"cannot be read ({error.strerror})", "Name a file.") from error
+            raise SidError(
+                str(path), f"cannot be read ({error.strerror or error})", "Name a file."
+            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SidError(str(path), f"is not YAML ({error})", "Mend it at that line.") from error
         return cls.from_plain(body, str(path))

@@ -14,11 +14,10 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from torchrec_sid.artifact import save_artifact
 from torchrec_sid.data.batch import BatchConfig
-from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.data.prepare import prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
-from torchrec_sid.data.schema import LogFolder
-from torchrec_sid.data.specification import Specification
+from torchrec_sid.data.schema import LogFolder, find_specification
 from torchrec_sid.data.statistics import mean_history
 from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SliceMetrics
@@ -54,10 +53,15 @@ PREDICTIONS_VERSION = 2
 def open_log(config: TrainConfig, ranks: Ranks) -> PreparedLog:
     """Prepare the log where it is not up to date, on rank 0, and open it."""
     out = Path(config.prepared or Path(config.output) / "prepared")
-    file = config.specification
-    specification = None if file is None else Specification.read(file)
     ranks.first(
-        lambda: prepare(config.data, out, PrepareConfig(), specification=specification).fingerprint,
+        lambda: (
+            prepare(
+                config.data,
+                out,
+                config.prepare,
+                specification=find_specification(config.data, config.specification),
+            ).fingerprint
+        ),
         where=config.data,
     )
     return PreparedLog.open(out)
@@ -78,7 +82,7 @@ def open_stores(config: TrainConfig, log: PreparedLog) -> tuple[ItemStore, ...]:
         arm.requires,
         torch.from_numpy(np.array(log.item_ids)),
         config.options,
-        lambda: _content(config),
+        lambda: _content(config, log),
         torch.from_numpy(np.array(log.item_train_events) > 0),
     )
     stores: Iterable[ItemStore] = (kind.open(source) for kind in arm.stores)
@@ -92,8 +96,9 @@ def open_stores(config: TrainConfig, log: PreparedLog) -> tuple[ItemStore, ...]:
     return tuple(stores)
 
 
-def _content(config: TrainConfig) -> Tensor:
-    folder = LogFolder.open(config.data)
+def _content(config: TrainConfig, log: PreparedLog) -> Tensor:
+    item_id = None if log.specification is None else log.specification.columns.item_id
+    folder = LogFolder.open(config.data, item_id=item_id, embeddings=config.embeddings)
     names = config.source.split("+") if config.source else [None]
     return torch.from_numpy(np.concatenate([folder.embedding_matrix(name) for name in names], 1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torchrec_sid.data.prepare_config import PrepareConfig
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.parallel.optimizer import TableOptimizer
@@ -24,7 +25,12 @@ class TrainConfig:
     prepared: str | None = None
     """Folder of the prepared log, made there if it is not up to date; default: OUTPUT/prepared."""
     specification: str | None = None
-    """Description of the log's features and labels (YAML), see docs/your_data.md."""
+    """Description of the log's features and labels (YAML), see docs/data.md; none for a log without.
+    Default: specification.yaml in the folder of the log, where there is one."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """How the log becomes examples."""
+    embeddings: str | None = None
+    """Folder of the items' embeddings, where they do not lie with the log."""
     catalog: str | None = None
     """SidCatalog, for channels with tables over SIDs."""
     pieces: str | None = None
