@@ -45,8 +45,8 @@ class CompareConfig:
     data: str | None = None
     """Folder of a log, local or a URI; default: a synthetic one, made in OUTPUT/synthetic."""
     specification: str | None = None
-    """What the log's columns are (YAML, see docs/data.md): its features reach every arm. none: item, history
-    and time alone. Default: specification.yaml in DATA, else what `torchrec-sid inspect` guesses."""
+    """What the log's columns are (YAML, see docs/data.md): its features reach every arm. none: item,
+    history and time alone. Default: DATA/specification.yaml, else what `torchrec-sid inspect` guesses."""
     arms: tuple[str, ...] = ARMS
     """Which arms, see torchrec_sid/models/channels.py."""
     seeds: int = 1
