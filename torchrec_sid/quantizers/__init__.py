@@ -1,6 +1,7 @@
 """Quantizers: content embeddings to Semantic IDs."""
 
 # A new quantizer is its file and a line here: importing it registers it.
+from torchrec_sid.quantizers.alignment import ChangedShares, CodeAlignment, align_codes, changed_shares
 from torchrec_sid.quantizers.base import (
     QUANTIZERS,
     AdditiveDecoder,
@@ -27,6 +28,8 @@ __all__ = [
     "AdditiveDecoder",
     "CategoryReport",
     "CategorySource",
+    "ChangedShares",
+    "CodeAlignment",
     "CollapseError",
     "DiscretePca",
     "DiscretePcaConfig",
@@ -41,6 +44,8 @@ __all__ = [
     "RqVaeConfig",
     "VqFusion",
     "VqFusionConfig",
+    "align_codes",
+    "changed_shares",
     "load_quantizer",
     "make_quantizer",
     "quantizer_of",

@@ -20,6 +20,7 @@ from torchrec_sid.artifact import fingerprint, load_artifact, read_manifest, sav
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.plugins import Registry
 from torchrec_sid.quantizers.kmeans import assign
+from torchrec_sid.quantizers.renaming import CodeGroup, Renaming
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.streams import EmbeddingStream, open_stream
 
@@ -112,6 +113,26 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
         """Checked codes ``[n, l]`` of any prefix, on :attr:`device` -> vectors ``[n, dim]``."""
+
+    @property
+    def code_groups(self) -> tuple[CodeGroup, ...]:
+        """Levels whose codes can bear other names, in order; none unless a subclass says so."""
+        return ()
+
+    @torch.no_grad()
+    def rename_codes(self, renaming: Renaming) -> None:
+        """Give the codes other names, in place: :meth:`encode` then gives ``renaming.apply`` of its codes.
+
+        Raises:
+            SidError: not fitted, or more than names would change.
+        """
+        self.require_fitted()
+        renaming.check(self.spec, self.code_groups)
+        self._rename(renaming)
+
+    def _rename(self, renaming: Renaming) -> None:
+        """Put rows where :attr:`code_groups` says they may stand; of a subclass that has some."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:

@@ -23,6 +23,7 @@ from torchrec_sid.quantizers.digits import RoundDigits, code_tables, encode_digi
 from torchrec_sid.quantizers.dpca import DiscretePca, DiscretePcaConfig
 from torchrec_sid.quantizers.dpca_fit import DigitMoments, best_decoder
 from torchrec_sid.quantizers.kmeans import assign, cluster_sums, sum_by_code
+from torchrec_sid.quantizers.renaming import CodeGroup, Renaming, code_groups
 from torchrec_sid.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from torchrec_sid.quantizers.usage import count_codes, usage_of
 from torchrec_sid.seeding import derived_generator
@@ -229,6 +230,23 @@ class Bottleneck(nn.Module):
             digits = codes[:, len(self.sizes) + column] - self.alphabets[column] // 2
             z_hat += digits[:, None] * rows
         return z_hat
+
+    @property
+    def code_groups(self) -> tuple[CodeGroup, ...]:
+        """A codebook each, then a stage of digits each."""
+        return code_groups(self.sizes, self.digit_stages)
+
+    @torch.no_grad()
+    def rename(self, renaming: Renaming) -> None:
+        """Put codewords and directions where a renaming of a fitted quantizer wants them.
+
+        What only training needs is not renamed: a fit does not go on from here.
+        """
+        books = len(self.sizes)
+        for level, order in enumerate(renaming.codes[:books]):
+            for rows in (self.codebook(level), self.get_buffer(f"count_{level}")):
+                rows.copy_(rows[order.to(rows.device)])
+        self.basis.copy_(renaming.directions(self.basis, books))
 
     def additive_decoder(self) -> AdditiveDecoder:
         """:meth:`decode` as a sum over levels; digits as one direction each."""

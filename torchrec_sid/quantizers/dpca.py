@@ -21,6 +21,7 @@ from torchrec_sid.quantizers.dpca_fit import (
     fit_stage,
     residual_covariance,
 )
+from torchrec_sid.quantizers.renaming import CodeGroup, Renaming, code_groups
 from torchrec_sid.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from torchrec_sid.quantizers.sample import stream_moments
 from torchrec_sid.spec import SidSpec
@@ -157,6 +158,17 @@ class DiscretePca(Quantizer):
     def alphabets(self) -> tuple[int, ...]:
         """Levels of each digit, C integers; code ``c`` is digit ``c - (alphabet - 1) / 2``."""
         return tuple(a for m, a in self.config.stages for _ in range(m))
+
+    @property
+    def code_groups(self) -> tuple[CodeGroup, ...]:
+        """A codebook each, then a stage of digits each."""
+        return code_groups(self.config.codebooks, self.config.stages)
+
+    def _rename(self, renaming: Renaming) -> None:
+        books = len(self.config.codebooks)
+        if self.first is not None:
+            self.first.rename_codes(Renaming(renaming.levels[:books], renaming.codes[:books]))
+        self.basis.copy_(renaming.directions(self.basis, books))
 
     def code_tables(self) -> tuple[Tensor, ...]:
         """Per level, ``[K_l, d]``: ``x_hat = mean + sum_l tables[l][codes[:, l]]``, whatever the stages."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchrec_sid.errors import SidError
 from torchrec_sid.progress import track
 from torchrec_sid.quantizers.base import FitReport, Quantizer, register_quantizer, walk_levels
-from torchrec_sid.quantizers.kmeans import ClusterSums, assign, cluster_sums, fit_centroids
+from torchrec_sid.quantizers.kmeans import ClusterSums, assign, cluster_sums, fit_centroids, lloyd
+from torchrec_sid.quantizers.renaming import CodeGroup, Renaming, code_groups
 from torchrec_sid.quantizers.sample import RowSample
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
@@ -111,6 +112,16 @@ class ResidualKMeans(Quantizer):
         """The shape of the SIDs it makes."""
         return SidSpec(self.config.cardinalities)
 
+    @property
+    def code_groups(self) -> tuple[CodeGroup, ...]:
+        """Every level is a codebook, whose rows can stand in any order."""
+        return code_groups(self.config.cardinalities, ())
+
+    def _rename(self, renaming: Renaming) -> None:
+        for level, order in enumerate(renaming.codes):
+            for rows in (self.codebook(level), self.counts(level)):
+                rows.copy_(rows[order.to(rows.device)])
+
     def codebook(self, level: int) -> Tensor:
         """Centroids of a level (0-based): ``[K, d]`` float32; rows of unused codes are zero."""
         return self.get_buffer(f"codebook_{level}")
@@ -120,18 +131,24 @@ class ResidualKMeans(Quantizer):
         return self.get_buffer(f"count_{level}")
 
     @torch.no_grad()
-    def fit(self, data: Any, *, progress: bool = False) -> FitReport:
+    def fit(self, data: Any, *, progress: bool = False, start: ResidualKMeans | None = None) -> FitReport:
         """Learn the codebooks, one level after the other.
 
         Args:
             data: anything :func:`~torchrec_sid.streams.open_stream` takes; a stream longer
                 than ``buffer_rows`` is read ``1 + passes * levels`` times.
             progress: show a bar.
+            start: a fitted quantizer of the same shape, at whose codebooks the iterations begin, instead of
+                at seeds: on data that changed a little its clusters stay where they were, and most items
+                keep their codes once they are aligned
+                (:func:`~torchrec_sid.quantizers.alignment.align_codes`).
 
         Raises:
-            SidError: no rows, another dimension, a NaN or an infinity.
+            SidError: no rows, another dimension, a NaN or an infinity, or a start of another shape.
         """
-        start = time.perf_counter()
+        began = time.perf_counter()
+        if start is not None:
+            self._require_alike(start)
         stream = self.rows(data)
         generator = derived_generator(self.config.seed, "residual_kmeans.centroids")
         buffer = _read_buffer(stream, self.config.buffer_rows, self.config.seed)
@@ -141,7 +158,8 @@ class ResidualKMeans(Quantizer):
         variance = float(residual.square().sum(dtype=torch.float64))
         fvu = []
         for level in track(range(self.spec.levels), "fitting levels", show=progress):
-            sums = self._fit_level(level, residual, None if whole else stream, generator)
+            first = None if start is None else self._start_of(start, level)
+            sums = self._fit_level(level, residual, None if whole else stream, generator, first)
             self.codebook(level).zero_()[: len(sums.count)] = sums.centroids(self.config.shrinkage)
             self.counts(level).zero_()[: len(sums.count)] = sums.count.long()
             codes = self._nearest(residual, level)
@@ -149,21 +167,40 @@ class ResidualKMeans(Quantizer):
             left = float(residual.square().sum(dtype=torch.float64))
             fvu.append(left / variance if variance > 0 else 0.0)
         self.fitted.fill_(True)
-        return FitReport(buffer.seen, time.perf_counter() - start, tuple(fvu))
+        return FitReport(buffer.seen, time.perf_counter() - began, tuple(fvu))
+
+    def _require_alike(self, start: ResidualKMeans) -> None:
+        start.require_fitted()
+        if (start.dim, start.config.cardinalities) != (self.dim, self.config.cardinalities):
+            raise SidError(
+                "start",
+                f"a quantizer of {start.dim} dimensions and {start.config.cardinalities} codes",
+                f"This one has {self.dim} and {self.config.cardinalities}: start from none.",
+            )
+
+    def _start_of(self, start: ResidualKMeans, level: int) -> Tensor:
+        """The used codewords of a level of ``start``, around this mean: ``[K', d]``."""
+        words = start.codebook(level)[start.counts(level) > 0].to(self.mean.device)
+        return words + (start.mean.to(self.mean.device) - self.mean) if level == 0 else words
 
     def _fit_level(
-        self, level: int, residual: Tensor, stream: EmbeddingStream | None, generator: torch.Generator
+        self,
+        level: int,
+        residual: Tensor,
+        stream: EmbeddingStream | None,
+        generator: torch.Generator,
+        first: Tensor | None,
     ) -> ClusterSums:
         """Cluster the residuals of one level; ``stream`` is given where they are only a sample."""
         k = self.config.cardinalities[level]
         points = residual[: self.config.points_per_code * k]
-        centroids = fit_centroids(
-            points,
-            k,
-            iterations=self.config.iterations,
-            tolerance=self.config.tolerance,
-            generator=generator,
-        )
+        iterations, tolerance = self.config.iterations, self.config.tolerance
+        if first is None:
+            centroids = fit_centroids(
+                points, k, iterations=iterations, tolerance=tolerance, generator=generator
+            )
+        else:
+            centroids = lloyd(points, first, iterations, tolerance)
         sums = cluster_sums(points, assign(points, centroids).codes, len(centroids))
         if stream is None and len(points) == len(residual):
             return _without_empty(sums)

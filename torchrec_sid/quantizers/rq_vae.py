@@ -35,6 +35,7 @@ from torchrec_sid.quantizers.gradient_fit import (
     train,
     trainable,
 )
+from torchrec_sid.quantizers.renaming import CodeGroup, Renaming
 from torchrec_sid.quantizers.sample import StreamMoments, stream_moments
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
@@ -145,6 +146,14 @@ class RqVae(Quantizer):
     def spec(self) -> SidSpec:
         """The shape of the SIDs it makes."""
         return SidSpec(self.config.cardinalities)
+
+    @property
+    def code_groups(self) -> tuple[CodeGroup, ...]:
+        """Those of the bottleneck."""
+        return self.bottleneck.code_groups
+
+    def _rename(self, renaming: Renaming) -> None:
+        self.bottleneck.rename(renaming)
 
     def forward(self, x: Tensor) -> Quantized:
         """Embeddings ``[N, d]`` -> codes, reconstruction and training loss, with gradients."""

@@ -30,6 +30,7 @@ from torchrec_sid.quantizers.fusion.sources import (
     source_to_json,
 )
 from torchrec_sid.quantizers.gradient_fit import FitOptions
+from torchrec_sid.quantizers.renaming import CodeGroup, Renaming
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.spec import SidSpec
 from torchrec_sid.streams import EmbeddingStream
@@ -122,6 +123,14 @@ class VqFusion(Quantizer):
     def spec(self) -> SidSpec:
         """One level per codebook, then one per digit."""
         return SidSpec(self.bottleneck.cardinalities)
+
+    @property
+    def code_groups(self) -> tuple[CodeGroup, ...]:
+        """Those of the bottleneck."""
+        return self.bottleneck.code_groups
+
+    def _rename(self, renaming: Renaming) -> None:
+        self.bottleneck.rename(renaming)
 
     @property
     def model(self) -> FusionModel:
