@@ -44,6 +44,14 @@ class RequestRows(NamedTuple):
         """``[U]`` int64: events of each request's history."""
         return features["history_action"].lengths()[self.row]
 
+    def events_of_rows(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        """For what compares every row with every event: ``[B]`` events of each row's history, and their
+        places among the events of the batch, row after row."""
+        held = features["history_action"].lengths()
+        lengths, first = held[self.row][self.request], (held.cumsum(0) - held)[self.row][self.request]
+        places = torch.repeat_interleave(first - lengths.cumsum(0) + lengths, lengths)
+        return lengths, places + torch.arange(places.shape[0], device=places.device)
+
     def counts(self) -> Tensor:
         """``[U]`` int64: rows of each request."""
         ones = torch.ones_like(self.request)

@@ -17,6 +17,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec_sid.devices import buffer_device
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.attend import ChannelOutput, ItemChannel
+from torchrec_sid.models.request_rows import RequestRows
 from torchrec_sid.models.target_attention import HistoryConfig
 from torchrec_sid.side.kernels.similarity_problem import features_of_sums
 from torchrec_sid.side.similarity import SimilarityConfig
@@ -174,10 +175,17 @@ class SimilarityChannel(ItemChannel):
         if not self.windows:
             return ChannelOutput(none)
         action = features["history_action"]
-        lengths, events = action.lengths(), features[past].values()
+        lengths, events, labels = (
+            action.lengths(),
+            features[past].values(),
+            self.action_values[action.values()],
+        )
+        requests = RequestRows.of(rows)
+        if requests is not None:
+            lengths, at = requests.events_of_rows(features)
+            events, labels = events[at], labels[at]
         paired = torch.repeat_interleave(candidates, lengths, output_size=events.shape[0])
         similarity = self.measure(paired, events)
-        labels = self.action_values[action.values()]
         numbers = [
             pool_similarities(
                 similarity, lengths, labels, self.config, None if window == self.windows[-1] else window
