@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchrec_sid.artifact import write_atomically, write_json
+from torchrec_sid.artifact import unused_name, write_atomically, write_json
 from torchrec_sid.data.embeddings import find_embeddings
 from torchrec_sid.data.lake import ParquetTable, folder_at
 from torchrec_sid.data.prepared import PreparedLog
@@ -215,10 +215,7 @@ def _move_aside(output: Path) -> None:
     foreign = [name for name in entries if not _is_of_a_run(name)]
     if foreign:
         raise SidError(str(output), f"holds {foreign[0]}, which no run writes", remedy)
-    number = 1
-    while (aside := output.with_name(f"{output.name}.old-{number}")).exists():
-        number += 1
-    output.rename(aside)
+    output.rename(unused_name(output))
 
 
 def _is_of_a_run(name: str) -> bool:

@@ -29,11 +29,19 @@ import torch.distributed as dist
 from rich.console import Console
 
 from torchrec_sid.catalog import DriftReport, SidCatalog, measure_drift
-from torchrec_sid.data.prepare import PrepareConfig, prepare
+from torchrec_sid.data.prepare import PrepareConfig, log_fingerprint, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
 from torchrec_sid.item_content import Array, ItemContent
-from torchrec_sid.learn import LearnedSids, LearnOptions, SidRecipe, append_items, help_fit, learn_sids
+from torchrec_sid.learn import (
+    LearnedSids,
+    LearnOptions,
+    SidRecipe,
+    append_items,
+    help_fit,
+    learn_sids,
+    refuse_another,
+)
 from torchrec_sid.options import options_of
 from torchrec_sid.quality import QualityReport
 from torchrec_sid.quantizers import QUANTIZERS, Quantizer, ResidualKMeansConfig, load_quantizer
@@ -143,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if result.drift is not None:
         console.print(f"drift: {result.drift.describe()}")
     console.print(f"catalog: {len(result.catalog):,} items, {result.catalog.fingerprint[:12]}")
-    console.print(f"report: {result.report}")
+    console.print(f"report: {result.report}", markup=False)
 
 
 def quantize_options() -> type[Any]:
@@ -197,7 +205,7 @@ def quantize(
     options = _options(config, fit_rows, progress, group)
     fresh = None
     if config.append_to is None:
-        learned = learn_sids(config.recipe, config.data, _log(config), output, options)
+        learned = learn_sids(config.recipe, config.data, _log(config, options), output, options)
     else:
         learned, fresh = _append(config, output, options)
     quantizer, catalog = load_quantizer(learned.quantizer), SidCatalog.open(learned.catalog)
@@ -222,7 +230,7 @@ def help_along(config: QuantizeConfig, group: dist.ProcessGroup) -> None:
     """The part of every process but the first: train along; nothing is written."""
     if config.append_to is None:
         options = _options(config, None, False, group)
-        help_fit(config.recipe, config.data, _log(config), config.output, options)
+        help_fit(config.recipe, config.data, _log(config, options), config.output, options)
 
 
 @contextmanager
@@ -239,10 +247,13 @@ def fitting_processes() -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group()
 
 
-def _log(config: QuantizeConfig) -> PreparedLog | None:
-    if not config.events or not any(Path(config.data).glob("events*")):
-        return None
-    return prepare(config.data, config.prepared or Path(config.output) / "prepared", PrepareConfig())
+def _log(config: QuantizeConfig, options: LearnOptions) -> PreparedLog | None:
+    """The log, prepared; a run that will be refused is refused before that is written."""
+    out = config.prepared or Path(config.output) / "prepared"
+    events = config.events and any(Path(config.data).glob("events*"))
+    mark = log_fingerprint(config.data, out) if events else None
+    refuse_another(config.recipe, config.data, mark, config.output, options)
+    return prepare(config.data, out, PrepareConfig()) if events else None
 
 
 def _options(

@@ -7,7 +7,6 @@ encoded like new ones; a folder without events is learned from by a random share
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,11 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_sid.artifact import folder_lock, read_manifest, write_json
-from torchrec_sid.artifact.place import Place
+from torchrec_sid.artifact import folder_lock, work_folder, write_json
 from torchrec_sid.catalog import SidCatalog, add_last_digit
-from torchrec_sid.data.fingerprint import file_entry
-from torchrec_sid.data.lake import folder_at
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import ItemIndex
 from torchrec_sid.errors import SidError
@@ -34,11 +30,13 @@ from torchrec_sid.quantizers import Quantizer, load_quantizer, make_quantizer, q
 from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.sample import impressed_rows
 from torchrec_sid.seeding import derived_generator
+from torchrec_sid.sid_stamp import begin, describe_sources, finish, progress_of
 from torchrec_sid.tables import PieceTrainerConfig, train_pieces
 
-_STAMP = "recipe.json"
 _CHECKPOINT = "fit.safetensors"
 _QUALITY = "quality.json"
+_QUANTIZER = "quantizer.safetensors"
+_PIECES = "pieces.safetensors"
 
 
 @dataclass(frozen=True)
@@ -144,25 +142,57 @@ def learn_sids(
             another catalog in the place of this one that must not be overwritten.
     """
     output, options = Path(output), options or LearnOptions()
-    wanted = _identity(recipe, data, log, options, output)
-    made = _is_made(output, wanted)
-    if not made and not options.overwrite and SidCatalog.exists(output / "catalog"):
+    wanted, made = _wanted(recipe, data, log.fingerprint if log is not None else None, output, options)
+    if Collectives(options.group).agree(not made):
+        content = _content(recipe, data, log, options)
+        chosen = _choose(recipe, content, log, options)
+        labels = _labels(content, options, recipe.separator)
+        with folder_lock(output), work_folder(output) as work:
+            _publish(_learn(recipe, content, chosen, labels, output, work, options), work, output, wanted)
+            (output / _CHECKPOINT).unlink(missing_ok=True)
+    return _learned(output, pieces=recipe.pieces is not None)
+
+
+def refuse_another(
+    recipe: SidRecipe, data: str | Path, log: str | None, output: str | Path, options: LearnOptions
+) -> None:
+    """Refuse what :func:`learn_sids` would refuse to overwrite, before anything is written.
+
+    Args:
+        recipe: how SIDs are to be learned.
+        data: folder of the items.
+        log: fingerprint that the prepared log will have; None where there are no events.
+        output: folder of the SIDs.
+        options: see :class:`LearnOptions`.
+
+    Raises:
+        SidError: ``output`` holds the catalog of another recipe, log or content.
+    """
+    if not options.overwrite and SidCatalog.exists(Path(output) / "catalog"):
+        _wanted(recipe, data, log, Path(output), options)
+
+
+def _wanted(
+    recipe: SidRecipe, data: str | Path, log: str | None, output: Path, options: LearnOptions
+) -> tuple[dict[str, Any], bool]:
+    """What the SIDs are to be made of, and whether they are made already."""
+    wanted = describe_sources(
+        {"quantizer_type": type(recipe.quantizer).__name__, **asdict(recipe)},
+        (data, *((options.embeddings,) if options.embeddings else ())),
+        output,
+        log=log,
+        fit_on=options.fit_on,
+        label=options.label,
+        processes=Collectives(options.group).size,
+    )
+    progress = progress_of(output, wanted)
+    if progress == "other" and not options.overwrite and SidCatalog.exists(output / "catalog"):
         raise SidError(
             str(output),
             "holds a catalog already, of another recipe, log or content",
             "Choose another folder, or pass --overwrite.",
         )
-    if Collectives(options.group).agree(not made):
-        content = _content(recipe, data, log, options)
-        chosen = _choose(recipe, content, log, options)
-        labels = _labels(content, options, recipe.separator)
-        with folder_lock(output):
-            # What is there is nobody's until all of it is written.
-            (output / _STAMP).unlink(missing_ok=True)
-            _learn(recipe, content, chosen, labels, output, options)
-            fingerprint = SidCatalog.open(output / "catalog", verify=False).fingerprint
-            write_json(output / _STAMP, {**wanted, "catalog": fingerprint})
-    return _learned(output, pieces=recipe.pieces is not None)
+    return wanted, progress == "made" and (output / _QUALITY).is_file()
 
 
 def help_fit(
@@ -204,7 +234,7 @@ def append_items(
         ArtifactError: ``home`` is damaged, or its quantizer did not make its catalog.
     """
     home, output, options = Path(home), Path(output), options or LearnOptions()
-    quantizer = load_quantizer(home / "quantizer.safetensors").to(options.device)
+    quantizer = load_quantizer(home / _QUANTIZER).to(options.device)
     content = ItemContent.of_quantizer(data, quantizer, home, source=source)
     labels = _labels(content, options, separator)
     catalog = SidCatalog.open(home / "catalog")
@@ -226,9 +256,7 @@ def append_items(
         catalog = catalog.append(ids, digits.codes, quantizer.fingerprint)
     learned = _Chosen(np.zeros_like(new), None, None, f"the quantizer of {home}")
     _measure(quantizer, content, learned, new, labels, catalog, output, beam, options.progress)
-    return LearnedSids(
-        home / "quantizer.safetensors", home / "catalog", None, catalog.fingerprint, output / _QUALITY
-    )
+    return LearnedSids(home / _QUANTIZER, home / "catalog", None, catalog.fingerprint, output / _QUALITY)
 
 
 class _Chosen(NamedTuple):
@@ -298,28 +326,28 @@ def _learn(
     chosen: _Chosen,
     labels: dict[str, Tensor],
     output: Path,
+    work: Path,
     options: LearnOptions,
-) -> None:
+) -> SidCatalog:
+    """Fill ``work``: what is refused on the way leaves ``output`` as it was."""
     quantizer = _fit(recipe, content, chosen, output, options)
-    output.mkdir(parents=True, exist_ok=True)
-    mark = quantizer.save(output / "quantizer.safetensors")
+    mark = quantizer.save(work / _QUANTIZER)
     if content.classes.names:
-        content.classes.write(output / CLASSES)
-    (output / _CHECKPOINT).unlink(missing_ok=True)
+        content.classes.write(work / CLASSES)
     spec = quantizer.spec
     pairs = _encoded(quantizer, content, content.present, recipe.beam, options.progress)
-    path = output / "catalog"
+    path = work / "catalog"
     if recipe.last_digit:
         ids, codes = _gathered(pairs)
         digits = add_last_digit(spec, ids, codes, cardinality=recipe.last_digit)
-        catalog = SidCatalog.create(path, digits.spec, ids, digits.codes, mark, overwrite=True)
+        catalog = SidCatalog.create(path, digits.spec, ids, digits.codes, mark)
     else:
-        catalog = SidCatalog.create(path, spec, pairs, quantizer_fingerprint=mark, overwrite=True)
+        catalog = SidCatalog.create(path, spec, pairs, quantizer_fingerprint=mark)
     if recipe.pieces is not None:
         ids = torch.from_numpy(content.item_ids[content.present])
         weights = None if chosen.weights is None else chosen.weights[torch.from_numpy(content.present)]
         pieces = train_pieces(catalog.spec, catalog.codes(ids), recipe.pieces, weights=weights)
-        pieces.save(output / "pieces.safetensors")
+        pieces.save(work / _PIECES)
     everything = content.present
     _measure(
         quantizer,
@@ -328,10 +356,24 @@ def _learn(
         everything,
         labels,
         catalog,
-        output,
+        work,
         recipe.beam,
         options.progress,
     )
+    return catalog
+
+
+def _publish(made: SidCatalog, work: Path, output: Path, wanted: dict[str, Any]) -> None:
+    """Put what is complete into place; readers of the catalog that was there keep its parts."""
+    files = [path.name for path in work.iterdir() if path.is_file() and not path.name.startswith(".")]
+    begin(output, wanted)
+    mark = made.quantizer_fingerprint
+    SidCatalog.create(
+        output / "catalog", made.spec, made.batches(), quantizer_fingerprint=mark, overwrite=True
+    )
+    for name in files:
+        (work / name).replace(output / name)
+    finish(output, wanted, tuple(name for name in files if name != _QUALITY))
 
 
 def _labels(content: ItemContent, options: LearnOptions, separator: str | None) -> dict[str, Tensor]:
@@ -411,86 +453,9 @@ def _measure(
 def _learned(output: Path, *, pieces: bool) -> LearnedSids:
     catalog = output / "catalog"
     return LearnedSids(
-        output / "quantizer.safetensors",
+        output / _QUANTIZER,
         catalog,
-        output / "pieces.safetensors" if pieces else None,
+        output / _PIECES if pieces else None,
         SidCatalog.open(catalog, verify=False).fingerprint,
         output / _QUALITY,
     )
-
-
-# ---- what the artefacts of a folder were made of
-
-
-def _identity(
-    recipe: SidRecipe,
-    data: str | Path,
-    log: PreparedLog | None,
-    options: LearnOptions,
-    output: Path,
-) -> dict[str, Any]:
-    """Recipe, log and content; files that did not change since the last stamp are not hashed again."""
-    fit_on = options.fit_on
-    plain = {
-        "recipe": asdict(recipe),
-        "quantizer": type(recipe.quantizer).__name__,
-        "log": log.fingerprint if log is not None else None,
-        "fit_on": None if fit_on is None else hashlib.sha256(np.packbits(fit_on).tobytes()).hexdigest(),
-        "label": options.label,
-        "processes": Collectives(options.group).size,
-        "inputs": _inputs(data, options.embeddings, _read_stamp(output).get("inputs", {})),
-    }
-    identity: dict[str, Any] = json.loads(json.dumps(plain))
-    return identity
-
-
-def _inputs(data: str | Path, embeddings: str | None, known: dict[str, Any]) -> dict[str, Any]:
-    """Size, modification time and SHA-256 of the items and their embeddings, by file."""
-    found = {}
-    for folder in (data, *((embeddings,) if embeddings else ())):
-        place = folder_at(folder)
-        tops = [top for top in place.iterdir() if top.name.startswith("item")]
-        for path in sorted((file for top in tops for file in _files_below(top)), key=str):
-            name = str(path).removeprefix(f"{place}/")
-            found[name] = file_entry(path, known.get(name, {}))
-    return found
-
-
-def _files_below(path: Place) -> list[Place]:
-    if path.is_file():
-        return [path]
-    return [file for below in path.iterdir() for file in _files_below(below)]
-
-
-def _read_stamp(output: Path) -> dict[str, Any]:
-    try:
-        stamp: dict[str, Any] = json.loads((output / _STAMP).read_text())
-    except (OSError, ValueError):
-        return {}
-    return stamp
-
-
-def _is_made(output: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the stamp says that ``wanted`` made what is there, and the catalog and quantizer agree."""
-    stamp = _read_stamp(output)
-    mark = stamp.pop("catalog", None)
-    if not _same_content(stamp, wanted):
-        return False
-    try:
-        catalog = SidCatalog.open(output / "catalog", verify=False)
-        quantizer = read_manifest(output / "quantizer.safetensors").contents["fingerprint"]
-    except SidError:
-        return False
-    whole = (output / _QUALITY).is_file()
-    whole &= wanted["recipe"]["pieces"] is None or (output / "pieces.safetensors").is_file()
-    return whole and catalog.extends(str(mark)) and catalog.quantizer_fingerprint == quantizer
-
-
-def _same_content(stamp: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Equal but for the times of files."""
-
-    def hashes(identity: dict[str, Any]) -> dict[str, Any]:
-        return {name: entry["sha256"] for name, entry in identity.get("inputs", {}).items()}
-
-    rest = {k: v for k, v in stamp.items() if k != "inputs"}
-    return rest == {k: v for k, v in wanted.items() if k != "inputs"} and hashes(stamp) == hashes(wanted)

@@ -31,7 +31,7 @@ from torchrec_sid.quantizers import (
     load_quantizer,
 )
 from torchrec_sid.quantizers.bottleneck import Bottleneck
-from torchrec_sid.tables import SidPieces
+from torchrec_sid.tables import PieceTrainerConfig, SidPieces
 
 KMEANS = ResidualKMeansConfig(cardinalities=(8, 8))
 
@@ -395,3 +395,72 @@ def test_items_without_content_are_counted_and_a_fusion_takes_the_union(
         QuantizeConfig(str(data), str(tmp_path / "x"), small, report=False), categories=("kind",)
     )
     assert both.missing["any"] == 0 and len(both.catalog) == 100
+
+
+def test_a_quantize_that_was_killed_late_goes_on_with_the_same_command(
+    config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = changed(config).catalog.fingerprint
+    first = dataclasses.replace(config, quantizer=ResidualKMeansConfig((4, 4)))
+    before = quantize(first).catalog.fingerprint
+    output = Path(config.output)
+    kept = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # While it learns, what is there stays as it is.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("torchrec_sid.learn.measure_quality", killed)
+        quantize(dataclasses.replace(config, overwrite=True))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == kept
+    assert quantize(first).catalog.fingerprint == before
+    # While it publishes, the folder is its own: neither is believed, and the same command goes on.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("torchrec_sid.learn.finish", killed)
+        quantize(dataclasses.replace(config, overwrite=True))
+    with pytest.raises(SidError, match="holds a catalog already, of another recipe"):
+        quantize(first)
+    assert quantize(config).catalog.fingerprint == whole
+    assert not [path.name for path in output.parent.iterdir() if ".work-" in path.name]
+
+
+def test_vocabulary_and_quantizer_belong_to_what_was_learned(tmp_path: Path) -> None:
+    log = shop(tmp_path / "log")
+    recipe = SidRecipe(KMEANS, pieces=PieceTrainerConfig(100))
+
+    def learn() -> tuple[str, str]:
+        made = learn_sids(recipe, tmp_path / "log", log, tmp_path / "sids")
+        assert made.pieces is not None
+        return load_quantizer(made.quantizer).fingerprint, SidPieces.load(made.pieces).fingerprint
+
+    first = learn()
+    other = learn_sids(
+        SidRecipe(ResidualKMeansConfig((4, 4)), pieces=PieceTrainerConfig(100)),
+        tmp_path / "log",
+        log,
+        tmp_path / "other",
+    )
+    assert other.pieces is not None
+    shutil.copy(other.pieces, tmp_path / "sids")
+    assert learn() == first
+    shutil.copy(other.quantizer, tmp_path / "sids")
+    assert learn() == first
+
+
+def test_a_refused_quantize_leaves_the_prepared_log(tmp_path: Path) -> None:
+    shop(tmp_path / "log")
+    shutil.copytree(tmp_path / "log", tmp_path / "next")
+    events = pq.read_table(tmp_path / "next" / "events.parquet")
+    pq.write_table(events.slice(0, len(events) - 50), tmp_path / "next" / "events.parquet")
+    mine = QuantizeConfig(str(tmp_path / "log"), str(tmp_path / "out"), KMEANS, report=False)
+    quantize(mine)
+    before = PreparedLog.open(tmp_path / "out" / "prepared").fingerprint
+    with pytest.raises(SidError, match="holds a catalog already"):
+        quantize(dataclasses.replace(mine, data=str(tmp_path / "next")))
+    assert PreparedLog.open(tmp_path / "out" / "prepared").fingerprint == before
+    # A byte of the prepared log is part of what SIDs are learned from.
+    file = tmp_path / "out" / "prepared" / "items" / "train_events.npy"
+    np.save(file, np.load(file)[::-1])
+    with pytest.raises(ArtifactError, match="train_events.npy: its contents do not match"):
+        quantize(mine)

@@ -352,7 +352,7 @@ def test_an_interrupted_fit_continues_to_the_same_bits(tmp_path: Path) -> None:
         nonlocal reads
         reads += 1
         for index, piece in enumerate(x.split(128)):
-            if reads == 5 and index == 2:
+            if reads == 6 and index == 2:
                 raise InterruptedFitError
             yield piece
 
@@ -370,6 +370,17 @@ def test_an_interrupted_fit_continues_to_the_same_bits(tmp_path: Path) -> None:
     assert done.fingerprint == whole.fingerprint
     with pytest.raises(ArtifactError, match="Continue with the same configuration"):
         RqVae(12, dataclasses.replace(config, seed=5)).fit(x, **options)
+
+
+def test_a_fit_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    x = bent_clusters(500)
+    options = {"checkpoint": tmp_path / "fit.safetensors", "checkpoint_every": 5}
+    RqVae(12, SMALL).fit(x, **options)
+    for other in (x.flip(0), x + 1e-3, torch.cat([x[:-1], x[:1]])):
+        with pytest.raises(ArtifactError, match=r"data of the checkpoint is .* of this fit"):
+            RqVae(12, SMALL).fit(other, **options)
+    # The same rows in other pieces are the same data.
+    RqVae(12, SMALL).fit(lambda: iter(x.split(77)), **options)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 30), st.integers(0, 12))

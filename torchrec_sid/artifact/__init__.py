@@ -4,7 +4,7 @@ One safetensors file (:func:`save_artifact`, :func:`load_artifact`) or a folder 
 (:func:`seal_folder`, :func:`open_folder`). docs/trust.md says what the checks are good for.
 """
 
-from torchrec_sid.artifact.disk import disk_errors, write_atomically, write_json
+from torchrec_sid.artifact.disk import disk_errors, work_folder, write_atomically, write_json
 from torchrec_sid.artifact.folder import (
     Contents,
     FileRecord,
@@ -14,6 +14,7 @@ from torchrec_sid.artifact.folder import (
     record_file,
     record_tree,
     seal_folder,
+    unused_name,
     whole_folder,
 )
 from torchrec_sid.artifact.lock import folder_lock
@@ -45,7 +46,9 @@ __all__ = [
     "record_tree",
     "save_artifact",
     "seal_folder",
+    "unused_name",
     "whole_folder",
+    "work_folder",
     "write_atomically",
     "write_json",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -325,7 +324,8 @@ def has_manifest(path: str | Place, manifest: str = MANIFEST) -> bool:
 def whole_folder(path: str | Path, kind: str, manifest: str = MANIFEST) -> Iterator[Path]:
     """Yield a folder to fill; on success it takes the place of ``path``, on failure it is removed.
 
-    Call with the lock held. What stands there is replaced only if it is an artefact of this kind, or empty.
+    Call with the lock held. What stands there is replaced only if it is an artefact of this kind, or empty;
+    one of a release that kept no list of its files becomes ``NAME.old-N``, as some may be the user's.
 
     Args:
         path: the folder to make.
@@ -342,8 +342,17 @@ def whole_folder(path: str | Path, kind: str, manifest: str = MANIFEST) -> Itera
         done.mkdir()
         yield done
         if path.exists():
-            path.rename(work / "old")
+            unlisted = any(path.iterdir()) and _listed(path, kind, manifest) is None
+            path.rename(unused_name(path) if unlisted else work / "old")
         done.rename(path)
+
+
+def unused_name(path: Path) -> Path:
+    """``NAME.old-N`` beside it, with the first N that is free: where something may be moved out of the way."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return aside
 
 
 def require_ours(path: Path, kind: str, manifest: str = MANIFEST) -> None:
@@ -389,13 +398,6 @@ def _listed(path: Path, kind: str, manifest: str) -> set[str] | None:
     if body.get("kind") != kind or not isinstance(body.get("files"), dict):
         raise ArtifactError(str(path), f"kind {str(body.get('kind'))[:80]!r}", "")
     return {manifest, *body["files"]}
-
-
-def replace_tree(path: Path) -> None:
-    """Delete a folder of ours: out of sight by one rename, then gone."""
-    with work_folder(path) as work:
-        path.rename(work / "old")
-        shutil.rmtree(work / "old")
 
 
 def read_tensors(file: BinaryIO, where: str) -> dict[str, Tensor]:

@@ -27,6 +27,17 @@ from torchrec_sid.errors import ArtifactError, SidError
 _log = logging.getLogger(__name__)
 _OWNER = "torchrec_sid lock"
 _LONGEST = 4096
+_held: set[int] = set()
+
+
+def _forget() -> None:
+    """Close the locks of a parent process: one that is killed must not hold them on through its children."""
+    while _held:
+        with suppress(OSError):
+            os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 @contextmanager
@@ -51,15 +62,17 @@ def folder_lock(path: str | Path | RemotePath, *, wait: bool = True) -> Iterator
     with disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         handle = _open(file)
+    _held.add(handle)
     try:
         _take(handle, place, file, wait)
         with disk_errors(place):
             yield
     finally:
-        # Said aloud: a worker that was forked meanwhile has the handle too.
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
+        if handle in _held:  # not so in a child that was forked meanwhile
+            _held.remove(handle)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
 
 
 def _open(file: Path) -> int:

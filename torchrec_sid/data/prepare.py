@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.data.specification import Specification
 from torchrec_sid.errors import ArtifactError, SidError
 
-__all__ = ["PrepareConfig", "prepare"]
+__all__ = ["PrepareConfig", "log_fingerprint", "prepare"]
 
 SCRATCH = ".scratch"
 """Scratch files of a preparation, inside the folder that it fills."""
@@ -60,36 +60,66 @@ def prepare(
     Raises:
         SidError: the log breaks the format (each way is named in docs/data.md), or ``out`` holds
             something else.
+        ArtifactError: what is there was damaged: every byte is read before it is used again.
     """
+    config, out = config or PrepareConfig(), Path(out)
+    source = _source(folder, out, config, specification)
+    found = _reusable(out, source.mark)
+    if found is not None:
+        return found
+    with folder_lock(out):
+        # Another process may have made it while this one waited.
+        found = _reusable(out, source.mark)
+        if found is not None:
+            return found
+        with whole_folder(out, KIND) as work, disk_errors(str(out)):
+            manifest = _run(source.folder, config, specification, work, progress or _log.info)
+            body = {
+                "fingerprint": source.mark,
+                **manifest,
+                "config": source.recipe,
+                "specification": source.recipe["specification"],
+                "inputs": source.files.entries,
+            }
+            seal_folder(work, kind=KIND, version=LAYOUT_VERSION, config=body, files=record_tree(work))
+    return PreparedLog.open(out)
+
+
+def log_fingerprint(
+    folder: LogFolder | str | Path,
+    out: str | Path,
+    config: PrepareConfig | None = None,
+    *,
+    specification: Specification | None = None,
+) -> str:
+    """The fingerprint that the log has once :func:`prepare` has filled ``out``; nothing is written.
+
+    Raises:
+        SidError: as there, for files that are missing or cannot be read.
+    """
+    return _source(folder, Path(out), config or PrepareConfig(), specification).mark
+
+
+class _Source(NamedTuple):
+    """What a preparation reads."""
+
+    folder: LogFolder
+    recipe: dict[str, Any]
+    files: InputFiles
+    mark: str
+
+
+def _source(
+    folder: LogFolder | str | Path, out: Path, config: PrepareConfig, specification: Specification | None
+) -> _Source:
     if not isinstance(folder, LogFolder):
         folder = LogFolder.open(folder, item_id=specification.columns.item_id if specification else None)
-    config = config or PrepareConfig()
-    out = Path(out)
     recipe = asdict(config)
     for engine_only in ("engine", "memory"):
         del recipe[engine_only]
     recipe["specification"] = specification.to_plain() if specification else None
     files = InputFiles.of(folder, _inputs_of(out))
-    mark = files.fingerprint(LAYOUT_VERSION, recipe, folder)
-    found = _reusable(out, mark)
-    if found is not None:
-        return found
-    with folder_lock(out):
-        # Another process may have made it while this one waited.
-        found = _reusable(out, mark)
-        if found is not None:
-            return found
-        with whole_folder(out, KIND) as work, disk_errors(str(out)):
-            manifest = _run(folder, config, specification, work, progress or _log.info)
-            body = {
-                "fingerprint": mark,
-                **manifest,
-                "config": recipe,
-                "specification": recipe["specification"],
-                "inputs": files.entries,
-            }
-            seal_folder(work, kind=KIND, version=LAYOUT_VERSION, config=body, files=record_tree(work))
-    return PreparedLog.open(out)
+    return _Source(folder, recipe, files, files.fingerprint(LAYOUT_VERSION, recipe, folder))
 
 
 def _run(
@@ -154,4 +184,4 @@ def _reusable(out: Path, mark: str) -> PreparedLog | None:
     if folder.version != LAYOUT_VERSION or folder.config.get("fingerprint") != mark:
         return None
     _log.info("reusing the prepared log in %s", out)
-    return PreparedLog.open(out)
+    return PreparedLog.open(out, verify=True)

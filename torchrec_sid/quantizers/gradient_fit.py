@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -58,6 +59,20 @@ class ShuffledBatches:
         self._buffer_rows = max(buffer_rows, batch_size)
         self._seed = seed
         self.position = ShufflePosition(0, 0)
+
+    def fingerprint(self, ranks: Collectives) -> str:
+        """SHA-256 (hex) of the rows of every rank in their order; a collective call, reads them once."""
+        columns: list[Any] = []
+        for rows in self._start():
+            columns = columns or [hashlib.sha256(f"{t.dtype} {t.shape[1:]}".encode()) for t in rows]
+            for digest, tensor in zip(columns, rows, strict=True):
+                data = tensor.detach().cpu().contiguous()
+                digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        mine = hashlib.sha256(b"".join(digest.digest() for digest in columns)).digest()
+        shares = torch.zeros(ranks.size, len(mine), dtype=torch.int64)
+        shares[ranks.rank] = torch.tensor(list(mine))
+        ranks.sum_([shares])
+        return hashlib.sha256(bytes(shares.flatten().tolist())).hexdigest()
 
     def __iter__(self) -> Iterator[Rows]:
         while True:
@@ -248,6 +263,7 @@ class GradientFit:
         self._step = 0
         self._best_error = math.inf
         self._best: dict[str, Tensor] = {}
+        self._data = ""
 
     def run(self, title: str, options: FitOptions) -> None:
         """Train, keep the state with the lowest measured error, and leave the model in it.
@@ -257,6 +273,8 @@ class GradientFit:
             ArtifactError: the checkpoint belongs to another fit.
         """
         checkpoint, every = options.checkpoint, options.checkpoint_every
+        if checkpoint is not None:
+            self._data = self._batches.fingerprint(self._ranks)
         if checkpoint is not None and options.resumes(self._ranks):
             self._resume(checkpoint)
         else:
@@ -344,6 +362,7 @@ class GradientFit:
             "fit": self._trainee.manifest,
             "steps": self._steps,
             "ranks": self._ranks.size,
+            "data": self._data,
             "step": self._step,
             "position": list(self._batches.position),
             "best_error": self._best_error,
@@ -353,11 +372,12 @@ class GradientFit:
     def _resume(self, path: str | Path) -> None:
         saved = load_artifact(path, kind=_KIND, version=_VERSION)
         expected = {"fit": self._trainee.manifest, "steps": self._steps, "ranks": self._ranks.size}
-        for name, value in _plain(expected).items():
-            if saved.config[name] != value:
+        for name, value in {**_plain(expected), "data": self._data}.items():
+            found = saved.config.get(name, "not stated")
+            if found != value:
                 raise ArtifactError(
                     str(path),
-                    f"{name} of the checkpoint is {saved.config[name]}, of this fit {value}",
+                    f"{name} of the checkpoint is {found}, of this fit {value}",
                     "Continue with the same configuration, data and processes, or remove the file.",
                 )
         with torch.no_grad():

@@ -14,7 +14,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from torchrec_sid.artifact import save_artifact
 from torchrec_sid.data.batch import BatchConfig
-from torchrec_sid.data.prepare import prepare
+from torchrec_sid.data.prepare import log_fingerprint, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.schema import LogFolder, find_specification
@@ -26,6 +26,7 @@ from torchrec_sid.models.channels import arm_named
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.models.stores import ItemSource, ItemStore
 from torchrec_sid.parallel.checkpoint import CheckpointManager
+from torchrec_sid.parallel.checkpoint_files import CheckpointInfo
 from torchrec_sid.parallel.constraints import model_pooling_factors, table_features
 from torchrec_sid.parallel.embedding_tables import find_tables
 from torchrec_sid.parallel.plan_file import load_plan, plan_to_json
@@ -37,6 +38,7 @@ from torchrec_sid.seeding import derived_generator
 from torchrec_sid.training.early_stopping import EarlyStopping
 from torchrec_sid.training.log_features import group_names, log_sizes
 from torchrec_sid.training.loop import Position, TrainingLoop
+from torchrec_sid.training.run_record import run_identity
 from torchrec_sid.training.schedule import RateSchedule, clip_gradients, make_dense_optimizer
 from torchrec_sid.training.train_config import TrainConfig
 
@@ -50,20 +52,30 @@ PREDICTIONS_VERSION = 2
 # Stage 1: the log.
 
 
-def open_log(config: TrainConfig, ranks: Ranks) -> PreparedLog:
-    """Prepare the log where it is not up to date, on rank 0, and open it."""
+def open_log(config: TrainConfig, ranks: Ranks, begun: CheckpointInfo | None = None) -> PreparedLog:
+    """Prepare the log where it is not up to date, on rank 0, and open it.
+
+    Args:
+        config: of the run.
+        ranks: its processes.
+        begun: the newest checkpoint in its directory: a run with another log is refused before anything is
+            prepared in the place of what that one reads.
+    """
     out = Path(config.prepared or Path(config.output) / "prepared")
-    ranks.first(
-        lambda: (
-            prepare(
-                config.data,
-                out,
-                config.prepare,
-                specification=find_specification(config.data, config.specification),
-            ).fingerprint
-        ),
-        where=config.data,
-    )
+
+    def make() -> str:
+        specification = find_specification(config.data, config.specification)
+        if begun is not None:
+            mark = log_fingerprint(config.data, out, config.prepare, specification=specification)
+            if (trained := begun.identity.get("log", mark)) != mark:
+                raise SidError(
+                    str(begun.path),
+                    f"was trained with log {trained[:12]}, this run has log {mark[:12]}",
+                    "Pass the log of that run, or start a new run in another directory.",
+                )
+        return prepare(config.data, out, config.prepare, specification=specification).fingerprint
+
+    ranks.first(make, where=config.data)
     return PreparedLog.open(out)
 
 
@@ -113,16 +125,6 @@ def _hide(store: ItemStore, new: Tensor) -> ItemStore:
 
 def _with_values(store: ItemStore, values: dict[str, Tensor]) -> ItemStore:
     return replace(store, values=values)
-
-
-def run_identity(config: TrainConfig, log: PreparedLog, stores: Iterable[ItemStore]) -> dict[str, str]:
-    """Fingerprints of everything that the weights of a run depend on, beside its configuration."""
-    identity = {"log": log.fingerprint, "seed": str(config.seed)}
-    for store in stores:
-        identity |= store.identity
-    if config.shuffle_sids:
-        identity["SIDs"] = "shuffled"
-    return identity
 
 
 # Stage 3: the model.
