@@ -12,11 +12,10 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from torchrec_sid.artifact import write_json
-from torchrec_sid.errors import ArtifactError, SidError
-from torchrec_sid.options import load_options
+from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.ranks import Ranks, process_group
 from torchrec_sid.training.run import open_run
-from torchrec_sid.training.train_config import TrainConfig
+from torchrec_sid.training.run_record import trained_config
 
 from .cli import parse_config, plain_errors
 from .failure import one_message
@@ -52,7 +51,8 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
         SidError: no run, no checkpoint, or data or catalog that are not those of the training.
     """
     output = Path(config.run)
-    run = open_run(_read_config(output), device)
+    # Its plan is for the processes of the training, so another is made.
+    run = open_run(replace(trained_config(output), plan=None), device)
     try:
         position = run.load_trained()
         if not position.step:
@@ -68,14 +68,6 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     path = output / f"metrics-{config.split}.json"
     run.ranks.first(lambda: write_json(path, report), where=str(output))
     return report
-
-
-def _read_config(run: Path) -> TrainConfig:
-    """The run's configuration; its plan is for the processes of the training, so another is made."""
-    file = run / "config.json"
-    if not file.is_file():
-        raise ArtifactError(str(file), "no such file", "Pass a run directory of torchrec-sid train.")
-    return replace(load_options(TrainConfig, file), plan=None)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.models.build import Ranking
 from torchrec_sid.models.dlrm import by_task
-from torchrec_sid.options import load_options
 from torchrec_sid.serving.exporter import ExportOptions, ExportReport, Program, export_model
 from torchrec_sid.serving.quantized import Precision
 from torchrec_sid.serving.request import Bags, Request
@@ -40,10 +39,9 @@ from torchrec_sid.training.run import (
     build_run,
     open_checkpoints,
     open_stores,
-    run_identity,
     trained_directory,
 )
-from torchrec_sid.training.train_config import TrainConfig
+from torchrec_sid.training.run_record import run_identity, trained_config
 
 from .cli import parse_config, plain_errors
 
@@ -147,11 +145,8 @@ def open_run(config: ExportConfig) -> TrainedRun:
     Raises:
         SidError: see :func:`export`.
     """
-    file = Path(config.run) / "config.json"
-    if not file.is_file():
-        raise ArtifactError(str(file), "no such file", "Pass a run directory of torchrec-sid train.")
-    train = load_options(TrainConfig, file)
-    log = PreparedLog.open(Path(train.prepared or Path(train.output) / "prepared"))
+    train = trained_config(Path(config.run))
+    log = PreparedLog.open(Path(train.prepared or Path(train.output) / "prepared"), verify=True)
     stores = open_stores(train, log)
     ranking = build_run(train, log, stores)
     identity = run_identity(train, log, stores)

@@ -27,6 +27,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.learn import LearnedSids, LearnOptions, learn_sids
 from torchrec_sid.models.channels import arm_named
 from torchrec_sid.parallel.ranks import process_group
+from torchrec_sid.training.run_record import is_finished
 from torchrec_sid.training.train_config import TrainConfig
 
 from .embed import EmbedConfig, embed
@@ -41,8 +42,8 @@ STAMP = "comparison.json"
 """In a run directory that a comparison made: what it trains."""
 _OF_A_RUN = {
     STAMP,
-    *("run.yaml", "config.json", "environment.json", "plan.json", "plan.txt", "metrics.json"),
-    *("checkpoints", "tensorboard", "logs", "profile", "prepared", "served"),
+    *("run.yaml", "run.json", "config.json", "environment.json", "plan.json", "plan.txt", "metrics.json"),
+    *("checkpoints", "best", "tensorboard", "logs", "profile", "prepared", "served"),
 }
 """What may lie in a run directory."""
 
@@ -190,7 +191,7 @@ def claim_run(run: TrainConfig, processes: int, marks: Mapping[str, str]) -> boo
     stamp = output / STAMP
     wanted = json.loads(json.dumps({"config": asdict(run), "processes": processes, **marks}))
     if stamp.is_file() and _read(stamp) == wanted:
-        return (output / "metrics.json").is_file()
+        return is_finished(output)
     if output.exists():
         _move_aside(output)
     write_json(stamp, wanted)

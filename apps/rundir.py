@@ -21,6 +21,7 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.parallel.plan_file import save_plan
 from torchrec_sid.training.recorder import rank_log
 from torchrec_sid.training.run import Run
+from torchrec_sid.training.run_record import METRICS, seal_run
 
 _VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG")
 """Environment variables that change how a run behaves; others may hold secrets."""
@@ -61,13 +62,20 @@ def open_rank_log(output: str | Path, rank: int) -> None:
 
 
 def describe_run(run: Run, output: Path) -> None:
-    """Write ``config.json``, ``environment.json``, ``plan.json`` and ``plan.txt``; for one rank to do."""
+    """Write ``run.json``, ``config.json``, ``environment.json`` and the plan; for one rank to do."""
     output.mkdir(parents=True, exist_ok=True)
+    seal_run(output, run.config, run.identity)
     write_json(output / "config.json", asdict(run.config))
     write_json(output / "environment.json", environment(run.ranks.size))
     save_plan(output / "plan.json", run.sharded.plan)
     text = f"{run.sharded.plan}\n{run.sharded.report}\n"
     write_atomically(output / "plan.txt", lambda path: path.write_text(text))
+
+
+def finish_run(run: Run, output: Path, report: dict[str, Any]) -> None:
+    """Write ``metrics.json`` and list it in ``run.json``; for one rank to do."""
+    write_json(output / METRICS, report)
+    seal_run(output, run.config, run.identity, finished=True)
 
 
 def environment(world_size: int) -> dict[str, Any]:

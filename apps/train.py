@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from torchrec_sid.artifact import write_json
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.ranks import Ranks, process_group
 from torchrec_sid.training.loop import Position, TrainResult
@@ -29,7 +28,7 @@ from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import parse_config, plain_errors
 from .failure import one_message
-from .rundir import describe_run, open_rank_log, set_up_logging
+from .rundir import describe_run, finish_run, open_rank_log, set_up_logging
 
 logger = logging.getLogger("apps.train")
 
@@ -57,7 +56,7 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     Raises:
         SidError: anything wrong with the configuration or its inputs, before training starts.
     """
-    run = open_run(config, device)
+    run = open_run(config, device, claim=True)
     output = Path(config.output)
     try:
         # A run that is not continued by this one is refused before anything of it is overwritten.
@@ -65,15 +64,15 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         run.ranks.first(lambda: describe_run(run, output), where=config.output)
         result = _run(run, output, at)
         slices = run.evaluate(config.evaluate_on)
+        report = {
+            **_costs(run, result),
+            "slices": {name: asdict(metrics) for name, metrics in slices.items()},
+            "evaluated_on": config.evaluate_on,
+            "identity": run.identity,
+        }
+        run.ranks.first(lambda: finish_run(run, output, report), where=config.output)
     finally:
         run.close()
-    report = {
-        **_costs(run, result),
-        "slices": {name: asdict(metrics) for name, metrics in slices.items()},
-        "evaluated_on": config.evaluate_on,
-        "identity": run.identity,
-    }
-    run.ranks.first(lambda: write_json(output / "metrics.json", report), where=config.output)
     if run.ranks.rank == 0:
         whole = slices["all"]
         track_run(output, {"ne": whole.ne, "auc": whole.auc, "calibration": whole.calibration})

@@ -70,9 +70,10 @@ def _trained_ne(run):
 
 
 def test_what_cannot_be_exported_is_refused(run, tmp_path):
-    with pytest.raises(ArtifactError, match="config.json"):
+    with pytest.raises(ArtifactError, match="run.json"):
         export(ExportConfig(str(tmp_path)))
-    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    for name in ("run.json", "metrics.json"):
+        (tmp_path / name).write_text((run / name).read_text())
     with pytest.raises(ArtifactError, match="no checkpoint"):
         export(ExportConfig(str(tmp_path)))
     with pytest.raises(SidError, match="ExportConfig"):

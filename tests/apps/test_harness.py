@@ -11,6 +11,7 @@ from apps.rows import Comparison, Row
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.quantizers import ResidualKMeansConfig
+from torchrec_sid.training.run_record import seal_run
 from torchrec_sid.training.train_config import TrainConfig
 
 MINE = """
@@ -81,7 +82,12 @@ def test_a_run_is_made_resumed_and_done(tmp_path: Path) -> None:
     kept.mkdir(parents=True)
     assert not claim_run(run, 2, marks) and kept.is_dir(), "a begun run is resumed"
     (tmp_path / "run" / "metrics.json").write_text("{}")
+    seal_run(tmp_path / "run", run, marks)
+    assert not claim_run(run, 2, marks), "metrics of a training that has begun again"
+    seal_run(tmp_path / "run", run, marks, finished=True)
     assert claim_run(run, 2, marks)
+    (tmp_path / "run" / "metrics.json").write_text("[]")
+    assert not claim_run(run, 2, marks), "metrics that nobody measured"
 
 
 @pytest.mark.parametrize("change", ["seed", "processes", "log"])

@@ -12,7 +12,8 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.models.build import RankingConfig
 from torchrec_sid.models.channels import CHANNELS
 from torchrec_sid.plugins import load_plugins
-from torchrec_sid.training.run import build_run, open_stores, run_identity
+from torchrec_sid.training.run import build_run, open_stores
+from torchrec_sid.training.run_record import run_identity
 from torchrec_sid.training.train_config import TrainConfig
 
 _PAGE = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()

@@ -348,7 +348,7 @@ def whole_folder(path: str | Path, kind: str, manifest: str = MANIFEST) -> Itera
 
 
 def unused_name(path: Path) -> Path:
-    """``NAME.old-N`` beside it, with the first N that is free: where something may be moved out of the way."""
+    """``NAME.old-N`` beside it, N the first that is free: where a thing may be moved aside."""
     number = 1
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1

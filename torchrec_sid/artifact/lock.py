@@ -31,7 +31,7 @@ _held: set[int] = set()
 
 
 def _forget() -> None:
-    """Close the locks of a parent process: one that is killed must not hold them on through its children."""
+    """Close the locks of a parent process: a killed one must not hold them on through its children."""
     while _held:
         with suppress(OSError):
             os.close(_held.pop())

@@ -104,6 +104,12 @@ class CheckpointManager:
         self._claim = ExitStack()
         self._claimed = False
 
+    def require(
+        self, identity: Mapping[str, str], accepts: Mapping[str, Callable[[str], bool]] | None = None
+    ) -> None:
+        """Set ``identity`` and ``accepts`` where they are known later than the directory."""
+        self.identity, self.accepts = dict(identity), dict(accepts or {})
+
     def claim(self) -> None:
         """Take the directory for this run until :meth:`close`; a collective call. The first save does too.
 

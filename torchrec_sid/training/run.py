@@ -291,23 +291,45 @@ class Run:
                 checkpoints.close()
 
 
-def open_run(config: TrainConfig, device: torch.device) -> Run:
+def open_run(config: TrainConfig, device: torch.device, *, claim: bool = False) -> Run:
     """All stages: from a configuration to a loop that is ready to run; a collective call.
 
+    Args:
+        config: of the run.
+        device: of this process.
+        claim: take the run directory for this process until :meth:`Run.close`, as a training does.
+
     Raises:
-        SidError: anything wrong with the configuration or its inputs.
+        SidError: anything wrong with the configuration or its inputs, or another process that trains in
+            the run directory, by name.
     """
     ranks = Ranks.open()
     if config.batch_size % ranks.size:
         raise SidError(
             "batch_size", f"{config.batch_size} over {ranks.size} processes", "Choose a multiple of them."
         )
-    log = open_log(config, ranks)
+    checkpoints = CheckpointManager(
+        Path(config.output) / "checkpoints", asynchronous=config.asynchronous_checkpoints
+    )
+    try:
+        if claim:
+            checkpoints.claim()
+        return _open_claimed(config, device, ranks, checkpoints)
+    except BaseException:
+        checkpoints.close()
+        raise
+
+
+def _open_claimed(
+    config: TrainConfig, device: torch.device, ranks: Ranks, checkpoints: CheckpointManager
+) -> Run:
+    log = open_log(config, ranks, checkpoints.latest())
     stores = open_stores(config, log)
     ranking = build_run(config, log, stores, device)
     sizes = RunSizes.of(ranking)
     sharded = shard_run(config, log, ranking, ranks, device)
     identity = run_identity(config, log, stores)
+    checkpoints.require(identity, accepted_identities(stores))
     optimizer, schedule, rates = make_optimizers(config, sharded, _steps(config, log))
     output = Path(config.output)
     validated = config.evaluate_every is not None
@@ -316,9 +338,7 @@ def open_run(config: TrainConfig, device: torch.device) -> Run:
         optimizer,
         device,
         ranks=ranks,
-        checkpoints=open_checkpoints(
-            output / "checkpoints", identity, stores, config.asynchronous_checkpoints
-        ),
+        checkpoints=checkpoints,
         checkpoint_every=config.checkpoint_every,
         stopping=EarlyStopping(config.patience) if validated else None,
         best=open_checkpoints(output / "best", identity, stores) if validated else None,
@@ -361,15 +381,19 @@ def open_checkpoints(
     directory: Path, identity: dict[str, str], stores: Iterable[ItemStore], asynchronous: bool = False
 ) -> CheckpointManager:
     """Checkpoints of a run; catalogs may have been appended to since."""
-    # Runs of earlier releases do not state their content.
-    accepts: dict[str, Callable[[str], bool]] = {"content": lambda saved: not saved}
-    accepts |= {name: catalog.extends for store in stores for name, catalog in store.catalogs.items()}
     return CheckpointManager(
-        directory,
-        asynchronous=asynchronous,
-        identity=identity,
-        accepts=accepts,
+        directory, asynchronous=asynchronous, identity=identity, accepts=accepted_identities(stores)
     )
+
+
+def accepted_identities(stores: Iterable[ItemStore]) -> dict[str, Callable[[str], bool]]:
+    """By name in a run's identity, which other value its checkpoints may have all the same."""
+
+    def unstated(saved: str) -> bool:
+        return not saved  # as in runs of earlier releases
+
+    accepts: dict[str, Callable[[str], bool]] = {"content": unstated, "specification": unstated}
+    return accepts | {name: catalog.extends for store in stores for name, catalog in store.catalogs.items()}
 
 
 def trained_directory(output: Path) -> Path:
