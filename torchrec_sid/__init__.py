@@ -18,6 +18,7 @@ from torchrec_sid.errors import ArtifactError, SidError
 
 if TYPE_CHECKING:
     from torchrec_sid.catalog import (
+        ItemValues as ItemValues,
         SidCatalog as SidCatalog,
         add_last_digit as add_last_digit,
         measure_drift as measure_drift,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         SidRecipe as SidRecipe,
         learn_sids as learn_sids,
     )
+    from torchrec_sid.move_tables import move_tables as move_tables
     from torchrec_sid.quality import (
         QualityReport as QualityReport,
         measure_quality as measure_quality,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         RqVaeConfig as RqVaeConfig,
         VqFusion as VqFusion,
         VqFusionConfig as VqFusionConfig,
+        align_codes as align_codes,
         load_quantizer as load_quantizer,
         make_quantizer as make_quantizer,
     )
@@ -88,9 +91,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "catalog": ("SidCatalog", "add_last_digit", "measure_drift"),
+    "catalog": ("ItemValues", "SidCatalog", "add_last_digit", "measure_drift"),
     "collections": ("SidEmbeddingBagCollection", "SidEmbeddingCollection"),
     "learn": ("LearnedSids", "SidRecipe", "learn_sids"),
+    "move_tables": ("move_tables",),
     "quality": ("QualityReport", "measure_quality"),
     "quantizers": (
         "CategorySource",
@@ -104,6 +108,7 @@ _HOMES = {
         "RqVaeConfig",
         "VqFusion",
         "VqFusionConfig",
+        "align_codes",
         "load_quantizer",
         "make_quantizer",
     ),

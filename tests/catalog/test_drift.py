@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchrec_sid.catalog import SidCatalog, measure_drift
+from torchrec_sid.catalog import ItemValues, SidCatalog, measure_drift
 from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 
@@ -70,3 +70,30 @@ def test_other_cardinalities_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(SidError, match="one SidSpec"):
         measure_drift(a, b)
+
+
+def test_shares_of_traffic_and_purity_by_hand(tmp_path: Path) -> None:
+    before = torch.tensor([[0, 0, 0], [0, 0, 0], [1, 1, 1], [2, 2, 2]])
+    after = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 2, 1], [3, 2, 2]])
+    old, new = (
+        catalog(tmp_path / mark, [1, 2, 3, 4], codes, mark * 64)
+        for mark, codes in (("a", before), ("b", after))
+    )
+    report = measure_drift(
+        old,
+        new,
+        traffic=ItemValues(torch.tensor([4, 2, 1]), torch.tensor([1.0, 3.0, 6.0])),
+        labels={"kind": ItemValues(torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 5, 5]))},
+    )
+    assert report.changed.items == (0.25, 0.5, 0.75)
+    assert report.changed.traffic == pytest.approx((0.1, 0.1, 0.4))  # item 3 has none
+    assert report.changed.level_traffic == pytest.approx((0.1, 0.0, 0.3))
+    # Items 1 and 2 share a SID before, and the whole SID no longer.
+    assert report.purity_before == {"kind": (0.75, 0.75, 0.75)}
+    assert report.purity_after == {"kind": (0.75, 0.75, 1.0)}
+    assert report.to_dict()["changed"]["items"] == (0.25, 0.5, 0.75)
+    words = report.describe()
+    assert "25.0%, 50.0%, 75.0% of items, 10.0%, 10.0%, 40.0% of traffic" in words
+    assert "purity of kind 0.750 -> 0.750 at depth 1, 0.750 -> 1.000 at depth 3" in words
+    with pytest.raises(SidError, match="traffic"):
+        measure_drift(old, new, traffic=ItemValues(torch.tensor([1]), torch.tensor([-1.0])))

@@ -99,3 +99,27 @@ def local_shards(weight: Tensor | ShardedTensor) -> Iterator[LocalShard]:
             yield LocalShard(tensor, row, column)
     else:
         yield LocalShard(weight, 0, 0)
+
+
+def row_blocks(tensor: Tensor | ShardedTensor, rows: int) -> Iterator[LocalShard]:
+    """The blocks of a table's weight, or of optimizer state by row, that this process holds.
+
+    State of one number a row has one column; of column-wise shards it has one for each shard, which
+    TorchRec lays one behind the other.
+
+    Args:
+        tensor: ``[rows, D]`` or ``[rows, 1]``, or ``[k * rows]``; sharded or not.
+        rows: of the table.
+    """
+    if tensor.dim() == 2:
+        yield from local_shards(tensor)
+        return
+    if isinstance(tensor, ShardedTensor):
+        parts = [(s.tensor, s.metadata.shard_offsets[0]) for s in tensor.local_shards()]
+    elif isinstance(tensor, DTensor):
+        wrapper: Any = tensor.to_local()
+        parts = [(t, o[0]) for t, o in zip(wrapper.local_shards(), wrapper.local_offsets(), strict=False)]
+    else:
+        parts = [(tensor, 0)]
+    for part, offset in parts:
+        yield LocalShard(part.view(-1, 1), offset % rows, offset // rows)

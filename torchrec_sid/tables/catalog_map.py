@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchrec_sid.devices import FrozenState, buffer_device
+from torchrec_sid.errors import SidError
 from torchrec_sid.spec import SidSpec
 
 UNKNOWN = -1
@@ -70,6 +71,21 @@ class CatalogMap(FrozenState):
         self.register_buffer(
             "unknown_count", torch.zeros((), dtype=torch.int64, device=device), persistent=False
         )
+
+    def replace(self, catalog: Catalog) -> None:
+        """Hold another catalog from now on, where the buffers are; unknown ids are counted anew.
+
+        Raises:
+            SidError: its SIDs have another shape.
+        """
+        if catalog.spec != self.spec:
+            raise SidError(
+                "catalog",
+                f"SIDs of {catalog.spec.cardinalities} in the place of {self.spec.cardinalities}",
+                "Build a model for them.",
+            )
+        with self.packed.device:
+            self._read(catalog, self.packed.device)
 
     def forward(self, raw: Tensor) -> Tensor:
         """Raw ids ``[n]`` int64 -> packed SIDs ``[n]`` int64, without host synchronisation."""

@@ -78,10 +78,24 @@ class PieceIndexer(Indexer):
         self._unknown_row: int = len(pieces)
         self.tokenizer = SidTokenizer(pieces, device)
         self.catalog = catalog
-        if catalog is not None:
-            tokens = self._cut(catalog.packed, catalog.packed < 0)
+        self.cut_catalog()
+
+    def cut_catalog(self) -> None:
+        """Cut every item of the catalog, where there is one; again after it was replaced."""
+        if self.catalog is not None:
+            tokens = self._cut(self.catalog.packed, self.catalog.packed < 0)
             self.register_buffer("table", tokens.ids.contiguous(), persistent=False)
             self.register_buffer("counts", tokens.counts, persistent=False)
+
+    def rows_by_level(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Known SIDs ``[n]`` -> the row of the piece that holds each level, and its levels, ``[n, L]``."""
+        ends: Tensor = self.tokenizer(packed).ids.to(torch.int64)
+        levels = ends.shape[1]
+        places = torch.arange(levels, device=ends.device)
+        # From the last level down: the nearest end at or after each level.
+        place = torch.where(ends >= 0, places, levels).flip(1).cummin(1).values.flip(1)
+        size = torch.zeros_like(ends).scatter_add_(1, place, torch.ones_like(ends))
+        return ends.gather(1, place), size.gather(1, place)
 
     def forward(self, packed: Tensor, raw: Tensor, unknown: Tensor | None) -> ItemRows:
         """Packed SIDs ``[n]`` int64 -> rows ``[sum of counts]`` and counts ``[n]``, int64."""
