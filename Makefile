@@ -31,7 +31,7 @@ SEEDS ?= 1
 demo: $(FOR_USERS)
 	$(PY) -m apps.compare --output $(OUT) --seeds $(SEEDS) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-# TABLE: 1, 2, 3-history, 3-bytes, 3-new or 4 (apps/recipes.py); SEEDS trainings of each row; ROWS: a file
+# TABLE: 1, 2, 2-bare, 3-history, 3-bytes, 3-new or 4 (apps/recipes.py); SEEDS trainings of each row; ROWS: a file
 # of rows of your own (docs/results.md).
 TABLE ?= 1
 paper: $(FOR_USERS)
@@ -50,9 +50,9 @@ test: lint
 test-all: lint serve-setup
 	$(PYTEST)
 
-# The pages: links, anchors, commands, and every example that is run.
+# The pages: links, anchors, commands, every example that is run, numbers against docs/tables.
 check-docs: $(FOR_DEVELOPERS)
-	$(PY) -m pytest tests/test_docs.py tests/test_readme.py tests/test_move_to_sids.py tests/*/test_docs.py
+	$(PY) -m pytest tests/test_docs.py tests/apps/test_saved_tables.py tests/test_readme.py tests/test_move_to_sids.py tests/*/test_docs.py
 
 # The reference of the library, from its docstrings: out/api/index.html.
 docs: $(FOR_DEVELOPERS)

@@ -6,8 +6,9 @@ import json
 import logging
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ from .launch import launch_training, sid_options, write_options
 from .prepare_log import guessed, prepare_on_screen
 from .quantize_report import plot_quality
 from .rows import Comparison, Row
-from .rundir import set_up_logging
+from .rundir import library_fingerprint, set_up_logging
 from .train import train
 
 STAMP = "comparison.json"
@@ -58,6 +59,34 @@ class Trained(NamedTuple):
     log: PreparedLog
     sids: dict[str, LearnedSids]
 
+    def finished(self, console: Console) -> Trained:
+        """With the seeds that every row has, and without the rows that have none; says what is left out.
+
+        Raises:
+            SidError: a row that others are measured against, or read beside, has not been trained.
+        """
+        done = {
+            name: sum((run / "metrics.json").is_file() for run in mine) for name, mine in self.runs.items()
+        }
+        if all(done[name] == len(mine) for name, mine in self.runs.items()):
+            return self
+        kept = tuple(row for row in self.comparison.rows if done[row.name])
+        names = {row.name for row in kept}
+        wanted = {self.comparison.none, self.comparison.features} - {None}
+        wanted |= {self.comparison.against(row) for row in kept}
+        if not kept or not wanted <= names:
+            missing = ", ".join(sorted(str(name) for name in wanted - names)) or "every row"
+            raise SidError("minutes", f"too few to train {missing}", "Give more minutes, or call again.")
+        seeds = min(done[name] for name in names)
+        left = sum(len(mine) for mine in self.runs.values()) - sum(done.values())
+        console.print(
+            f"{left} trainings are left for another call; {seeds} seeds are reported", markup=False
+        )
+        return self._replace(
+            comparison=replace(self.comparison, rows=kept),
+            runs={name: self.runs[name][:seeds] for name in names},
+        )
+
 
 class Effort(NamedTuple):
     """How often and on how many processes to train."""
@@ -68,6 +97,8 @@ class Effort(NamedTuple):
     """Of each training; more than one are started by TorchX."""
     jobs: int = 1
     """Trainings at a time, where each is one process with one thread."""
+    minutes: float | None = None
+    """Begin no training later than this; the same call goes on where it stopped."""
 
 
 def run_rows(
@@ -123,7 +154,7 @@ def run_rows(
         name = row.name.replace(" ", "-").replace("+", "and") if " " in row.name else row.name
         return replace(
             plain if row.bare else base,
-            **dict(rows.training),
+            **{**rows.training, **row.training},
             output=str(Path(base.output) / f"{name}-seed{seed}"),
             predictions=True,
             **sid_options(arms[row.name], learned.get(row.tables or ""), learned.get(row.side or "")),
@@ -136,9 +167,8 @@ def run_rows(
 
     runs = {row.name: [run(row, seed) for seed in range(effort.seeds)] for row in rows.rows}
     _train_all(runs, learned, effort, console)
-    return Trained(
-        rows, {name: [Path(r.output) for r in mine] for name, mine in runs.items()}, log, learned
-    )
+    found = {name: [Path(r.output) for r in mine] for name, mine in runs.items()}
+    return Trained(rows, found, log, learned).finished(console)
 
 
 def _without_features(
@@ -231,12 +261,16 @@ def _train_all(
 ) -> None:
     """Every training that is not done; seeds outermost, so that drift of the machine is shared."""
     by_path = {str(sids.catalog): sids.fingerprint for sids in learned.values()}
+    deadline = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     todo = []
     for seed in range(effort.seeds):
         for mine in runs.values():
             run = mine[seed]
             sids = {path: by_path[path] for path in (run.catalog, run.side_catalog) if path}
-            mark = {"log": PreparedLog.open(str(run.prepared)).fingerprint}
+            mark = {
+                "library": library_fingerprint(),
+                "log": PreparedLog.open(str(run.prepared)).fingerprint,
+            }
             if not claim_run(run, effort.processes, mark | sids):
                 todo.append(run)
     bar = Progress(
@@ -254,7 +288,9 @@ def _train_all(
             bar.update(task, description=Path(run.output).name[:48], note=text)
 
         trainings = (
-            _launched(todo, effort.processes, note) if effort.processes > 1 else _pooled(todo, effort.jobs)
+            _launched(todo, effort.processes, note, deadline)
+            if effort.processes > 1
+            else _pooled(todo, effort.jobs, deadline)
         )
         for done in trainings:
             note(done, "")
@@ -262,10 +298,15 @@ def _train_all(
 
 
 def _launched(
-    todo: list[TrainConfig], processes: int, note: Callable[[TrainConfig, str], None]
+    todo: list[TrainConfig],
+    processes: int,
+    note: Callable[[TrainConfig, str], None],
+    deadline: float | None,
 ) -> Iterator[TrainConfig]:
     """One after another, each on several processes under TorchX."""
     for run in todo:
+        if _late(deadline):
+            return
         note(run, "")
         launch_training(
             run,
@@ -277,18 +318,28 @@ def _launched(
         yield run
 
 
-def _pooled(todo: list[TrainConfig], jobs: int) -> Iterator[TrainConfig]:
+def _pooled(todo: list[TrainConfig], jobs: int, deadline: float | None) -> Iterator[TrainConfig]:
     """``jobs`` at a time, each alone in a process."""
-    context = multiprocessing.get_context("spawn")
+    context, left = multiprocessing.get_context("spawn"), iter(todo)
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_train, run): run for run in todo}
+        futures: dict[Future[None], TrainConfig] = {}
         try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
+            while True:
+                while len(futures) < jobs and not _late(deadline) and (run := next(left, None)) is not None:
+                    futures[pool.submit(_train, run)] = run
+                if not futures:
+                    return
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    run = futures.pop(future)
+                    future.result()
+                    yield run
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def _start_worker() -> None:

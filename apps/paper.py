@@ -32,6 +32,7 @@ from .recipes import TABLES
 from .report import plot_gains, summarise, terminal_table, write_report
 from .rows import Comparison
 from .rundir import git_commit
+from .saved_tables import save_table
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class PaperConfig:
     """What stands between several values of a category."""
     tables: TableOptimizer = TABLE_OPTIMIZER
     """Optimizer of the embedding tables."""
+    epochs: int = 1
+    """Passes over the training events, at most."""
+    minutes: float | None = None
+    """Begin no training later than this; the same call goes on where it stopped."""
+    save: str | None = None
+    """Folder of finished tables, such as docs/tables: LOG-TABLE.json there gets the rows of this call."""
     max_steps: int | None = None
     """Stop each training after so many steps: for a quick look."""
     specification: str | None = None
@@ -111,6 +118,7 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
         source=config.source,
         tables=config.tables,
         evaluate_on=config.evaluate_on,
+        epochs=config.epochs,
         max_steps=config.max_steps,
     )
 
@@ -122,17 +130,19 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
 
     content = {"source": config.source, "categories": config.categories, "separator": config.separator}
     content = {name: value for name, value in content.items() if value}
-    effort = Effort(config.seeds, jobs=config.jobs)
+    effort = Effort(config.seeds, jobs=config.jobs, minutes=config.minutes)
     trained = run_rows(rows, base, effort, output.parent, console, content=content)
     report = summarise(trained) | {
         "dataset": dataset,
         "world_size": 1,
-        "seeds": list(range(config.seeds)),
+        "seeds": list(range(max(map(len, trained.runs.values())))),
         "command": command_line(),
         "git": git_commit(),
         "evaluated_on": config.evaluate_on,
     }
     write_report(report, output, stem="table")
+    if config.save:
+        save_table(Path(config.save), f"{dataset}-{config.table}", report, trained)
     plot_gains(report["rows"], report["cost"], output / "plot.png")
     return report
 

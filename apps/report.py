@@ -33,7 +33,7 @@ class Column(NamedTuple):
     form: str = "{}"
 
 
-_COLUMNS = (
+COLUMNS = (
     Column("row", "name"),
     Column("NE", "ne", "{:.4f}"),
     Column("±", "ne_std", "{:.4f}"),
@@ -66,6 +66,7 @@ _COLUMNS = (
     Column("train s", "train_seconds", "{:.0f}"),
     Column("peak MB", "peak_rss_mb", "{:,.0f}"),
 )
+"""Of every report, in this order."""
 _TERMINAL = {"name", "ne", "ne_std", "gain", "gain_std", "gain_interval", "ne_cold", "gain_cold_interval"}
 _TERMINAL |= {"cold_over_none", "auc", "bytes_per_event"}
 _TERMINAL |= {"table_mb", "examples_per_second"}
@@ -181,14 +182,14 @@ def write_report(
         pictures: PNG files to show, each in a folder named after its SIDs.
     """
     write_json(output / f"{stem}.json", report)
-    lines = [[column.heading for column in _COLUMNS], ["---"] + ["---:"] * (len(_COLUMNS) - 1)]
-    lines += [_cells(row, _COLUMNS) for row in report["rows"]]
+    lines = [[column.heading for column in COLUMNS], ["---"] + ["---:"] * (len(COLUMNS) - 1)]
+    lines += [cells(row, COLUMNS) for row in report["rows"]]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write_atomically(output / f"{stem}.md", lambda path: path.write_text(text))
     rows = report["rows"]
     best = best_name(rows)
     slices = [name for name in _SLICES if any(_slice_ne(row, name) is not None for row in rows)]
-    costs = [column for column in _COLUMNS if column.key in _COSTS]
+    costs = [column for column in COLUMNS if column.key in _COSTS]
     write_page(
         output / f"{stem}.html",
         "comparison.html",
@@ -198,7 +199,7 @@ def write_report(
         slices=slices,
         by_slice=[(row["name"], [_heat(row, rows, name) for name in slices]) for row in rows],
         costs=[column.heading for column in costs],
-        cost_rows=[(row["name"], _cells(row, costs)) for row in rows],
+        cost_rows=[(row["name"], cells(row, costs)) for row in rows],
         chart=_chart(rows, best),
         pictures=[(path.parent.name, embedded(path.read_bytes())) for path in pictures],
     )
@@ -209,13 +210,13 @@ def terminal_table(report: Mapping[str, Any]) -> Table:
     seeds = len(report["seeds"])
     title = f"{report['title']} - {report['dataset']}, {report['evaluated_on']}, {seeds} seed(s)"
     table = Table(title=escape(title))
-    columns = [column for column in _COLUMNS if column.key in _TERMINAL]
+    columns = [column for column in COLUMNS if column.key in _TERMINAL]
     for number, column in enumerate(columns):
         table.add_column(column.heading, justify="right" if number else "left")
     best = best_name(report["rows"])
     for row in report["rows"]:
         style = "bold" if row["name"] == best else None
-        table.add_row(*map(escape, _cells(row, columns)), style=style)
+        table.add_row(*map(escape, cells(row, columns)), style=style)
     return table
 
 
@@ -340,7 +341,8 @@ def _mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, floa
     return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None
 
 
-def _cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+def cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+    """The columns of a row as text, - where it has no value."""
     return ["-" if row[key] is None else form.format(row[key]) for _, key, form in columns]
 
 

@@ -25,6 +25,8 @@ class Row:
     """Name of the SIDs that its tables read."""
     side: str | None = None
     """Name of the SIDs that its channel ``side`` reads."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of its trainings that are not what they are by default, such as rates that a search chose."""
     against: str | None = None
     """Row that its gain is measured against; None: the comparison's own reference."""
     shuffled: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import os
 import platform
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+import torchrec_sid
 from torchrec_sid.artifact import write_atomically, write_json
 from torchrec_sid.doctor import find_versions
 from torchrec_sid.errors import SidError
@@ -23,6 +26,8 @@ from torchrec_sid.training.recorder import rank_log
 from torchrec_sid.training.run import Run
 from torchrec_sid.training.run_record import METRICS, seal_run
 
+_TRAINS = ("harness", "recipes", "rows", "significance", "train")
+"""Commands whose text decides what a row of a table is, beside the package."""
 _VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG")
 """Environment variables that change how a run behaves; others may hold secrets."""
 
@@ -105,3 +110,18 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+@functools.cache
+def library_fingerprint() -> str:
+    """SHA-256 (hex) of the sources that training and evaluation run: the package, rows and harness."""
+    package, apps = Path(torchrec_sid.__file__).parent, Path(__file__).parent
+    files = {f"torchrec_sid/{path.relative_to(package)}": path for path in package.rglob("*")}
+    # In a wheel the commands lie within the package.
+    files = {name: path for name, path in files.items() if not path.is_relative_to(apps)}
+    files |= {f"apps/{name}.py": apps / f"{name}.py" for name in _TRAINS}
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        if path.suffix in (".py", ".cpp", ".h"):
+            digest.update(f"{name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -181,7 +181,7 @@ def test_what_a_page_names_exists(path: Path) -> None:
     assert not [name for name in _named_wrongly(code) if not name.startswith("--")]
 
 
-@pytest.mark.parametrize("table", ["1", "2", "3-bytes"])
+@pytest.mark.parametrize("table", ["1", "2", "2-bare", "3-bytes"])
 def test_rows_that_pages_choose_exist(table: str) -> None:
     from apps.recipes import TABLES
 

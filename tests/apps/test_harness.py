@@ -32,7 +32,7 @@ def test_a_file_adds_rows_to_a_table(tmp_path: Path) -> None:
     file = tmp_path / "my_rows.py"
     file.write_text(MINE)
     assert len([line for line in MINE.splitlines() if line.strip()]) <= 10
-    table = TABLES["2"](4000).with_file(file, 4000).chosen(("my prefixes",))
+    table = TABLES["2-bare"](4000).with_file(file, 4000).chosen(("my prefixes",))
     assert [row.name for row in table.rows] == ["full_id", "+ my prefixes"]
     assert table.rows[1].model.table_rows == 2000 and table.against(table.rows[1]) == "full_id"
     assert table.sids["mine"].quantizer == ResidualKMeansConfig((8, 8))
@@ -54,7 +54,7 @@ def test_a_file_that_gives_no_rows_is_refused(text: str | None, says: str, tmp_p
     if text is not None:
         file.write_text(text)
     with pytest.raises(SidError, match=says):
-        TABLES["2"](4000).with_file(file, 4000)
+        TABLES["2-bare"](4000).with_file(file, 4000)
 
 
 def test_gains_are_measured_against_the_row_that_is_named() -> None:

@@ -13,6 +13,7 @@ from apps.paper import PaperConfig, paper
 from apps.recipes import TABLES
 from apps.report import terminal_table
 from apps.rows import Comparison, Row
+from apps.saved_tables import load_table
 from tests.logs import small_log
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.data.prepared import PreparedLog
@@ -52,7 +53,7 @@ def test_the_tables_at_equal_rows_differ_in_nothing_but_the_arm() -> None:
 
 
 def test_only_the_chosen_rows_and_their_references_are_trained() -> None:
-    table = TABLES["2"](4000)
+    table = TABLES["2-bare"](4000)
     names = [row.name for row in table.chosen(("dense", "rq_vae")).rows]
     assert names == ["full_id", "+ rq_vae 3 bytes", "+ dense", "+ dense of every source"]
     with pytest.raises(SidError, match="'nope'.*full_id"):
@@ -101,6 +102,7 @@ def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeyp
         seeds=2,
         jobs=1,
         max_steps=4,
+        save=str(tmp_path / "tables"),
     )
     report = paper(config, Console(quiet=True))
     none, side = report["rows"]
@@ -133,6 +135,10 @@ def test_a_table_is_trained_once_and_says_what_was_found(tmp_path: Path, monkeyp
     assert "+ side" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "plot.png").stat().st_size > 1000
     assert len(terminal_table(report).rows) == 2
+    saved = load_table(tmp_path / "tables", "log-small")["rows"]
+    assert [row["name"] for row in saved] == ["none", "+ side"] and saved[0]["seeds"] == 2
+    assert saved[1]["gain_interval"] == side["gain_interval"]
+    assert len({row["fingerprint"] for row in saved}) == 2
     run = Path(side["runs"][0])
     options = yaml.safe_load((run / "run.yaml").read_text())
     assert options["model"]["arm"] == "full_id+side" and options["dense_lr"] == 1e-3
@@ -181,3 +187,17 @@ def test_shuffled_sids_are_the_same_sids_of_other_items(tmp_path: Path) -> None:
 
 def _metrics(run: str) -> dict:
     return json.loads((Path(run) / "metrics.json").read_text())
+
+
+def test_table_2_gives_every_way_the_same_tools() -> None:
+    table = TABLES["2"](4000)
+    rows = {row.name: row for row in table.rows}
+    for name, row in rows.items():
+        channels = set(row.model.arm.split("+"))
+        compares = channels & {"cosine", "overlap", "side", "identity"}
+        alone = name in ("+ dense", "+ prefix 2 bytes", "base", "no item", "base without ids")
+        assert bool(compares) != alone, name
+        assert row.bare == (name == "no item")
+    chosen = [row.name for row in table.chosen(("+ side fused 1 byte",)).rows]
+    assert {"no item", "base without ids", "base"} < set(chosen), "cold columns are read beside these"
+    assert table.training["patience"] > 0 and len({str(row.training) for row in table.rows}) == 1
