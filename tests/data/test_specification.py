@@ -95,8 +95,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "type": ({"features": {"user": {"age": {"dim": "8"}}}}, r"user.age.dim: '8' \(a str\)"),
     "dim": ({"features": {"user": {"age": {"dim": 0}}}}, "user.age.dim: 0. Choose 1 or more"),
     "name": ({"features": {"user": {"my age": {}}}}, "the name 'my age'. Use letters"),
-    "reserved": ({"features": {"context": {"item": {}}}}, "key of every batch"),
-    "reserved history": ({"features": {"history": {"action": {}}}}, "key of every batch"),
+    "reserved": ({"features": {"context": {"item": {}}}}, "something else of this name"),
+    "reserved history": ({"features": {"history": {"action": {}}}}, "something else of this name"),
     "twice": ({"features": {"user": {"a": {}}, "item": {"a": {}}}}, "'a' occurs twice"),
     "extract": ({"features": {"item": {"y": {"extract": "(("}}}}, "item.y.extract: .* Mend the expression"),
     "no group": ({"features": {"item": {"y": {"extract": "a"}}}}, "has no group. Put brackets"),
@@ -110,6 +110,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "shared": (
         {"features": {"user": {"a": {"table": "t", "dim": 4}, "b": {"table": "t", "dim": 8}}}},
         r"table 't': dim 4 of a, 8 of b. Features of one table",
+    ),
+    "column of examples": (
+        {"features": {"context": {"user": {}}}},
+        r"features.context.user: every log has something else of this name. Choose another.*column: user",
+    ),
+    "file of items": ({"features": {"item": {"segment": {}}}}, "something else of this name"),
+    "dense": ({"features": {"user": {"past_positive_rate": {}}}}, "something else of this name"),
+    "counter's name": (
+        {"features": {"user": {"item_events": {}}}, "counters": {}},
+        "'item_events' occurs twice",
     ),
     "no label": ({"labels": {}}, "labels: none. Name at least one"),
     "label": ({"labels": {"a": {}}}, "Give a column or an action"),

@@ -199,7 +199,8 @@ def _value_checks(events: Table, columns: EventColumns, clock: bool) -> list[_Ch
             _Check(
                 bad,
                 lambda raw, _: f"{columns.time} is {raw[columns.time]} at {{row}}",
-                "Write int64 seconds since 1970, or -1 in every row where no time is known.",
+                "Write int64 seconds since 1970, or name columns.time_unit in a specification; -1 in every "
+                "row where no time is known.",
             )
         )
     if "weight" in events.columns:

@@ -19,26 +19,76 @@ from torchrec_sid.data.specification import (
 )
 from torchrec_sid.errors import SidError
 
+_ITEMS = [
+    "product_id",
+    "sku",
+    "asin",
+    "parent_asin",
+    "movie_id",
+    "video_id",
+    "article_id",
+    "news_id",
+    "ad_id",
+    "adgroup_id",
+    "creative_id",
+    "goods_id",
+    "content_id",
+    "post_id",
+    "doc_id",
+    "song_id",
+    "track_id",
+    "book_id",
+    "isbn",
+    "business_id",
+]
+_USERS = [
+    "uid",
+    "userid",
+    "member_id",
+    "customer_id",
+    "visitor_id",
+    "account_id",
+    "reviewer_id",
+    "reviewerid",
+]
+_TIMES = [
+    "ts",
+    "timestamp",
+    "time",
+    "event_time",
+    "time_stamp",
+    "time_ms",
+    "timestamp_ms",
+    "datetime",
+    "event_timestamp",
+    "unix_time",
+    "created_at",
+    "date",
+]
+_LABELS = [
+    "label",
+    "click",
+    "clicked",
+    "is_click",
+    "is_clicked",
+    "clk",
+    "purchased",
+    "bought",
+    "is_purchase",
+    "like",
+    "liked",
+    "is_like",
+    "conversion",
+    "converted",
+    "target",
+]
 NAMES: dict[str, tuple[str, ...]] = {
-    "user": ("user", "user_id", "uid", "userid", "member_id", "customer_id", "visitor_id", "account_id"),
-    "item": (
-        "item",
-        "item_id",
-        "iid",
-        "itemid",
-        "product_id",
-        "sku",
-        "movie_id",
-        "video_id",
-        "article_id",
-        "news_id",
-        "asin",
-        "ad_id",
-    ),
-    "time": ("ts", "timestamp", "time", "event_time", "time_ms", "datetime", "created_at", "date"),
-    "label": ("label", "click", "clicked", "is_click", "is_clicked", "clk", "purchased", "bought", "like"),
-    "item_id": ("item_id", "item", "id", "iid", "product_id", "sku", "movie_id", "video_id", "article_id"),
-    "user_id": ("user_id", "user", "id", "uid", "member_id", "customer_id"),
+    "user": ("user", "user_id", *_USERS),
+    "item": ("item", "item_id", "iid", "itemid", *_ITEMS),
+    "time": tuple(_TIMES),
+    "label": tuple(_LABELS),
+    "item_id": ("item_id", "item", "id", "iid", "itemid", *_ITEMS),
+    "user_id": ("user_id", "user", "id", *_USERS),
 }
 """What people call the columns that every log has, the likeliest first."""
 
@@ -60,6 +110,8 @@ class EventColumns:
     """Joins events with given histories."""
     extra: tuple[str, ...]
     """Columns that features of context and history read."""
+    per_second: int = 1
+    """Units of a time that is a number."""
 
     @property
     def label(self) -> str:
@@ -122,6 +174,7 @@ def event_columns(
         weight=c.weight,
         key=key,
         extra=_extra(table, spec),
+        per_second={"s": 1, "ms": 1_000, "us": 1_000_000}[c.time_unit],
     )
     _check_types(table, found)
     return found

@@ -53,7 +53,7 @@ def typed_events(raw: Table, source: ParquetTable, columns: EventColumns, engine
         "event": raw[ROW],
         "user": key(columns.user),
         "item": key(columns.item),
-        "ts": _seconds(raw[columns.time], source, columns.time, engine),
+        "ts": _seconds(raw[columns.time], source, columns, engine),
         **labels,
         "action": labels["label"] if action is None else action,
     }
@@ -240,17 +240,21 @@ def whole_number(column: Any) -> Any:
     return ibis.ifelse(in_range, column, ibis.null(kind)).cast("int64")
 
 
-def _seconds(column: Any, source: ParquetTable, name: str, engine: Engine) -> Any:
-    kind = source.schema.field(name).type
+def _seconds(column: Any, source: ParquetTable, columns: EventColumns, engine: Engine) -> Any:
+    kind = source.schema.field(columns.time).type
     if kinds.is_timestamp(kind) or kinds.is_date(kind) or is_text(kind):
         if is_text(kind):
             column = column.try_cast("timestamp")
         micros = engine.microseconds(column)
         # A time before 1970 is refused, not taken for "unknown".
         return ibis.ifelse(micros < 0, -2, micros // 1_000_000).cast("int64")
+    unit = columns.per_second
     if kinds.is_integer(kind):
-        return whole_number(column)
+        whole = whole_number(column)
+        # What is below 0 is no time, or unknown: it stays what it is.
+        return whole if unit == 1 else ibis.ifelse(whole < 0, whole, whole // unit).cast("int64")
     value = column.cast("float64")
+    value = value if unit == 1 else ibis.ifelse(value < 0, value, value / unit)
     return ibis.ifelse(value.abs() < 2.0**62, value.floor(), ibis.null("float64")).cast("int64")
 
 

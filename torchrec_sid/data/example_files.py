@@ -21,9 +21,6 @@ from torchrec_sid.data.specification import counter_names
 from torchrec_sid.errors import SidError
 from torchrec_sid.hashing import text_id
 
-DENSE = ("log_history_length", "past_positive_rate", "log_seconds_since_last")
-"""The dense features of every example, all of the user's past strictly before it."""
-
 
 class ExampleFiles:
     """Writes ``train/``, ``valid/`` and ``test/``.
@@ -142,9 +139,9 @@ class ExampleFiles:
         if counters is None:
             return {}
         out = {}
-        events = np.zeros(0)
-        for name in counter_names(self.run.specification):
-            if "_events" in name:
+        events, columns = np.zeros(0), 1 + len(self.run.specification.labels)
+        for number, name in enumerate(counter_names(self.run.specification)):
+            if number % columns == 0:  # the events of a key, before the rates of its labels
                 events = batch.column(name).fill_null(0).to_numpy().astype(np.float64)
                 out[name] = np.log1p(events).astype(np.float32)
                 continue

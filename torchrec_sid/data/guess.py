@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -112,7 +112,7 @@ class _Drafter:
         events = self.tables["events"]
         found = {part: _part(events, part) for part in ("user", "item", "time")}
         labels, action = _labels(events)
-        keys = KeyColumns(action=action, **found)
+        keys = KeyColumns(action=action, time_unit=_unit(events.column(found["time"])), **found)
         if "items" in self.tables:
             keys = replace(keys, item_id=_part(self.tables["items"], "item_id"))
         if "users" in self.tables:
@@ -125,8 +125,8 @@ class _Drafter:
         of_events = list(self._of_events(events, taken, labels))
         of_history = list(self._of_history(of_items, of_events))
         if _visits(events, keys.user) >= _MANY_VISITS:
-            user = _category(keys.user, "context", events.column(keys.user).values)
-            of_events.append(self._named(user, "events"))
+            user = _category("user_id", "context", events.column(keys.user).values)
+            of_events.append(self._named(replace(user, column=keys.user), "events"))
         features = (*of_events, *of_users, *of_items, *of_history)
         clock = events.column(keys.time).values > 1
         counters = Counters(_counter_keys(of_items), days=7 if clock else None)
@@ -200,7 +200,7 @@ class _Drafter:
         while name in self.names:
             name = f"{feature.source}_{name}"
         self.names.add(name)
-        return replace(feature, name=name, column=_unless(name, feature.name))
+        return replace(feature, name=name, column=_unless(name, column_of(feature)))
 
 
 def _plain(name: str) -> str:
@@ -223,6 +223,12 @@ def _part(table: TableProfile, part: str) -> str:
         f"no column looks like {part} (it has {', '.join(lower.values())})",
         "Write a specification with columns, or rename the column.",
     )
+
+
+def _unit(time: ColumnProfile) -> Literal["s", "ms", "us"]:
+    """The unit in which the latest time is within the last decades, if it is a number."""
+    latest = time.high or 0.0
+    return "us" if latest > 1e14 else "ms" if latest > 1e11 else "s"
 
 
 def _labels(events: TableProfile) -> tuple[tuple[LabelTask, ...], str | None]:

@@ -14,7 +14,7 @@ from torchrec_sid.data.appender import NpyAppender
 from torchrec_sid.data.engines import Table, one_row
 from torchrec_sid.data.event_checks import EventStatistics, check_events, check_split_order
 from torchrec_sid.data.event_columns import EventColumns
-from torchrec_sid.data.example_files import DENSE, ExampleFiles, example_rows
+from torchrec_sid.data.example_files import ExampleFiles, example_rows
 from torchrec_sid.data.examples import BLOCKS_PER_FILE, popularity_segments
 from torchrec_sid.data.feature_learning import LogFeatures
 from torchrec_sid.data.given_histories import refuse_future
@@ -24,7 +24,7 @@ from torchrec_sid.data.negatives import NegativeSampler, NegativeSampling
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.prepare_run import PrepareRun
 from torchrec_sid.data.prepared import bucket_name
-from torchrec_sid.data.specification import counter_names
+from torchrec_sid.data.specification import DENSE, counter_names
 from torchrec_sid.errors import SidError
 
 QUANTILE_ROWS = 1 << 18

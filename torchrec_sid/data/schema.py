@@ -284,7 +284,7 @@ def find_specification(data: str | Path, named: str | None) -> Specification | N
 
     Args:
         data: folder of the log.
-        named: a file, or ``none`` for a log without features.
+        named: a file, a name of :func:`ready_specifications`, or ``none`` for a log without features.
 
     Raises:
         SidError: no such folder or file, or one that is no specification.
@@ -292,9 +292,15 @@ def find_specification(data: str | Path, named: str | None) -> Specification | N
     if named == "none":
         return None
     if named is not None:
-        return Specification.read(named)
+        ready = ready_specifications()
+        return Specification.read(ready[named] if named in ready and not Path(named).exists() else named)
     file = folder_at(data) / SPECIFICATION
     return Specification.read(file) if file.is_file() else None
+
+
+def ready_specifications() -> dict[str, Path]:
+    """Specifications of public logs that come with the package, by name."""
+    return {file.stem: file for file in sorted((Path(__file__).parent / "specifications").glob("*.yaml"))}
 
 
 def _read_settings(path: Place) -> dict[str, Any]:

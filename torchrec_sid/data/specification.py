@@ -26,8 +26,16 @@ history."""
 MISSING_ROW, UNKNOWN_ROW, FIRST_ROW = 0, 1, 2
 """Rows of every categorical table: a null, a value outside the vocabulary, the first value."""
 
-RESERVED = ("item", "history", "history_action", "history_age", "item_sid", "history_sid")
-"""Keys of a batch that no feature may take."""
+DENSE = ("log_history_length", "past_positive_rate", "log_seconds_since_last")
+"""The dense features of every example, all of the user's past strictly before it."""
+
+RESERVED = frozenset(
+    ("item", "history", "history_action", "history_age", "item_sid", "history_sid")  # keys of a batch
+    + ("user", "ts", "label", "action", "hist_begin", "hist_end", "segment", "event", "weight", "request")
+    + ("split", "bucket", "id", "keys", "train_events")
+    + DENSE
+)
+"""Names of what every prepared log holds of its examples, items and users, which no feature may take."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -146,6 +154,8 @@ class KeyColumns:
     user: str = "user"
     item: str = "item"
     time: str = "ts"
+    time_unit: Literal["s", "ms", "us"] = "s"
+    """Of a time that is a number."""
     action: str | None = None
     """What the user did, 0..127; None: ``rating`` where there is one, else the first label."""
     split: str | None = None
@@ -196,7 +206,9 @@ class Specification:
         _check_labels(self.labels)
         for feature in self.features:
             _check_feature(feature)
-        _refuse_twice("features", [feature_key(f) for f in self.features])
+        further = [f"label_{label.name}" for label in self.labels]
+        keys = [feature_key(f) for f in self.features]
+        _refuse_twice("features", [*keys, *further, *counter_names(self)])
         self._check_tables()
         if self.counters is not None:
             _check_counters(self.counters, self.of("item", CategoricalFeature))
@@ -392,7 +404,11 @@ def _check_labels(labels: tuple[LabelTask, ...]) -> None:
 def _check_feature(feature: Feature) -> None:
     at = f"features.{feature.source}.{feature.name}"
     if feature_key(feature) in RESERVED:
-        raise SidError(at, "this name is a key of every batch", "Choose another name.")
+        raise SidError(
+            at,
+            "every log has something else of this name",
+            f"Choose another name, and say column: {column_of(feature)}.",
+        )
     dim = getattr(feature, "dim", None)
     if dim is not None and dim < 1:
         raise SidError(f"{at}.dim", f"{dim}", "Choose 1 or more, or leave it out.")
