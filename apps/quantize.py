@@ -2,19 +2,22 @@
 
     torchrec-sid quantize --data ../shared/data/ml1m --output out/sids
     torchrec-sid quantize --data FOLDER_WITH_NEW_ITEMS --append_to out/sids --output out/new_items
+    torchrec-sid quantize --data LATER_FOLDER --align_to out/sids --output out/sids_of_spring
     torchrun --nproc_per_node 2 -m apps.quantize --data FOLDER --output out/sids --quantizer rq_vae
 
 OUTPUT gets quantizer.safetensors, catalog/ (item id -> SID), quality.json, quality.png, report.html. Where
 the folder has events, SIDs are learned from the traffic of the training period, as the comparisons learn
 them; else from a share of the items. The second form encodes the items of FOLDER that a catalog lacks with
 its own frozen quantizer, adds them to that catalog, and reports how well the quantizer still fits them. The
-third lets several processes train a quantizer that learns by gradients (rq_vae, vq_fusion) together; the
+third fits a new generation of SIDs whose codes mean what they meant, and reports what drifted. The last
+lets several processes train a quantizer that learns by gradients (rq_vae, vq_fusion) together; the
 first of them writes. The same command again goes on where it was cut off, or finds all done.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -28,7 +31,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from torchrec_sid.catalog import DriftReport, SidCatalog, measure_drift
+from torchrec_sid.catalog import DriftReport, ItemValues, SidCatalog, measure_drift
 from torchrec_sid.data.prepare import PrepareConfig, log_fingerprint, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
@@ -86,6 +89,9 @@ class QuantizeConfig:
     """Size of a SentencePiece vocabulary to train on the SIDs, OUTPUT/pieces.safetensors; 0 for none."""
     append_to: str | None = None
     """OUTPUT of an earlier run: encode with its quantizer and append to its catalog."""
+    align_to: str | None = None
+    """OUTPUT of an earlier run: give the codes of this fit the names of its codes, such that as much of the
+    traffic as possible keeps its SID; a residual k-means begins at its codebooks. Reports the drift too."""
     drift_from: str | None = None
     """OUTPUT of an earlier run: report how many of its SIDs this one would move."""
     overwrite: bool = False
@@ -106,6 +112,12 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         _ = self.recipe
+        if self.align_to and self.append_to:
+            raise SidError(
+                "align_to, append_to",
+                "both given",
+                "Append encodes with the earlier quantizer: leave one out.",
+            )
         if self.checkpoint_every < 0:
             raise SidError("checkpoint_every", str(self.checkpoint_every), "Choose 0 or more steps.")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -129,9 +141,11 @@ class Quantization(NamedTuple):
     catalog: SidCatalog
     quality: QualityReport
     drift: DriftReport | None
-    """Against the catalog of ``drift_from``."""
+    """Against the catalog of ``drift_from`` or ``align_to``."""
     missing: dict[str, int]
     """By source, how many items lack it; under ``any`` those without a SID."""
+    alignment: str | None
+    """What ``align_to`` did, in words."""
     report: Path
     """The HTML report, or quality.json where none was asked for."""
 
@@ -148,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = quantize(config, progress=True, group=group)
     console.print(describe(result.quality))
     console.print(missing_items(result.missing))
+    if result.alignment is not None:
+        console.print(f"aligned: {result.alignment}")
     if result.drift is not None:
         console.print(f"drift: {result.drift.describe()}")
     console.print(f"catalog: {len(result.catalog):,} items, {result.catalog.fingerprint[:12]}")
@@ -201,11 +217,13 @@ def quantize(
         ArtifactError: ``append_to`` is damaged or was made by another quantizer.
     """
     output = Path(config.output)
-    before = SidCatalog.open(Path(config.drift_from) / "catalog") if config.drift_from else None
+    earlier = config.drift_from or config.align_to
+    before = SidCatalog.open(Path(earlier) / "catalog") if earlier else None
     options = _options(config, fit_rows, progress, group)
-    fresh = None
+    fresh, log = None, None
     if config.append_to is None:
-        learned = learn_sids(config.recipe, config.data, _log(config, options), output, options)
+        log = _log(config, options)
+        learned = learn_sids(config.recipe, config.data, log, output, options)
     else:
         learned, fresh = _append(config, output, options)
     quantizer, catalog = load_quantizer(learned.quantizer), SidCatalog.open(learned.catalog)
@@ -214,7 +232,7 @@ def quantize(
     )
     if config.parquet:
         catalog.to_parquet(output / "sids.parquet")
-    drift = measure_drift(before, catalog) if before is not None else None
+    drift = _drift(config, before, catalog, content, log) if before is not None else None
     chosen = content.present if fresh is None else fresh
     examples = examples_by_prefix(quantizer, content, chosen, beam=config.beam)
     path = write_report(
@@ -223,7 +241,27 @@ def quantize(
         examples,
         html=config.report,
     )
-    return Quantization(quantizer, catalog, learned.report(), drift, content.missing(), path)
+    aligned = json.loads(learned.quality.read_text()).get("alignment")
+    words = aligned["text"] if aligned else None
+    return Quantization(quantizer, catalog, learned.report(), drift, content.missing(), words, path)
+
+
+def _drift(
+    config: QuantizeConfig,
+    before: SidCatalog,
+    after: SidCatalog,
+    content: ItemContent,
+    log: PreparedLog | None,
+) -> DriftReport:
+    """By items, by their training events, and by the purity of the label."""
+    traffic, ids = None, torch.from_numpy(content.item_ids.copy())
+    if log is not None:
+        events = torch.from_numpy(np.array(log.item_train_events))
+        traffic = ItemValues(torch.from_numpy(np.array(log.item_ids)), events)
+    labels = {}
+    if config.label:
+        labels[config.label] = ItemValues(ids, content.label(config.label, config.separator))
+    return measure_drift(before, after, traffic=traffic, labels=labels)
 
 
 def help_along(config: QuantizeConfig, group: dist.ProcessGroup) -> None:
@@ -268,6 +306,7 @@ def _options(
         device="cpu" if config.device == "cpu" else card,
         checkpoint_every=config.checkpoint_every,
         group=group,
+        align_to=config.align_to,
     )
 
 

@@ -28,7 +28,7 @@ _LAYERS = {
             ("side",),
             ("tables",),
             ("collections", "data"),
-            ("item_content", "learn", "move_tables", "parallel", "replace", "serving"),
+            ("item_content", "learn", "move_tables", "new_generation", "parallel", "replace", "serving"),
             ("metrics", "models"),
             ("training",),
         )

@@ -24,9 +24,10 @@ from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import ItemIndex
 from torchrec_sid.errors import SidError
 from torchrec_sid.item_content import CLASSES, Array, ItemContent
+from torchrec_sid.new_generation import align_to_catalog, earlier_catalog, earlier_quantizer
 from torchrec_sid.progress import track
 from torchrec_sid.quality import QualityReport, measure_quality
-from torchrec_sid.quantizers import Quantizer, load_quantizer, make_quantizer, quantizer_of
+from torchrec_sid.quantizers import Quantizer, ResidualKMeans, load_quantizer, make_quantizer, quantizer_of
 from torchrec_sid.quantizers.collectives import Collectives
 from torchrec_sid.quantizers.sample import impressed_rows
 from torchrec_sid.seeding import derived_generator
@@ -99,7 +100,7 @@ class LearnedSids(NamedTuple):
 
 @dataclass(frozen=True)
 class LearnOptions:
-    """What a caller may ask for beside the recipe; no SID depends on it, except by the number of ranks."""
+    """What a caller may ask for beside the recipe."""
 
     fit_on: Array | None = None
     """``[N]`` bool over the rows of items.parquet: which to learn from, instead of those of the recipe."""
@@ -117,6 +118,9 @@ class LearnOptions:
     """Steps of a gradient fit between writes of OUTPUT/fit.safetensors, where the same call goes on."""
     group: dist.ProcessGroup | None = None
     """Processes that fit together; all of them call, the first one writes."""
+    align_to: str | None = None
+    """Folder of an earlier run: its codes lend their names to those of the new fit, and a residual k-means
+    begins at its codebooks."""
 
 
 def learn_sids(
@@ -177,7 +181,11 @@ def _wanted(
 ) -> tuple[dict[str, Any], bool]:
     """What the SIDs are to be made of, and whether they are made already."""
     wanted = describe_sources(
-        {"quantizer_type": type(recipe.quantizer).__name__, **asdict(recipe)},
+        {
+            "quantizer_type": type(recipe.quantizer).__name__,
+            **asdict(recipe),
+            **({"aligned_to": earlier_catalog(options.align_to).fingerprint} if options.align_to else {}),
+        },
         (data, *((options.embeddings,) if options.embeddings else ())),
         output,
         log=log,
@@ -330,7 +338,9 @@ def _learn(
     options: LearnOptions,
 ) -> SidCatalog:
     """Fill ``work``: what is refused on the way leaves ``output`` as it was."""
-    quantizer = _fit(recipe, content, chosen, output, options)
+    quantizer, aligned = _fit(recipe, content, chosen, output, options), None
+    if options.align_to is not None:
+        aligned = align_to_catalog(quantizer, content, chosen.weights, options.align_to, beam=recipe.beam)
     mark = quantizer.save(work / _QUANTIZER)
     if content.classes.names:
         content.classes.write(work / CLASSES)
@@ -359,6 +369,7 @@ def _learn(
         work,
         recipe.beam,
         options.progress,
+        aligned,
     )
     return catalog
 
@@ -390,6 +401,8 @@ def _fit(
         more["group"] = options.group
         if options.checkpoint_every:
             more |= {"checkpoint": output / _CHECKPOINT, "checkpoint_every": options.checkpoint_every}
+    if options.align_to is not None and isinstance(quantizer, ResidualKMeans):
+        more["start"] = earlier_quantizer(options.align_to, quantizer)
     quantizer.fit(data, progress=options.progress, **more)
     return quantizer.eval()
 
@@ -421,6 +434,7 @@ def _measure(
     output: Path,
     beam: int,
     progress: bool,
+    aligned: dict[str, Any] | None = None,
 ) -> None:
     """Write quality.json about the chosen rows; errors are those of items that were not learned from."""
     held_out = rows & ~chosen.rows
@@ -445,6 +459,7 @@ def _measure(
         "catalog_fingerprint": catalog.fingerprint,
         "catalog_generation": catalog.generation,
         "catalog_items": len(catalog),
+        "alignment": aligned,
     }
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / _QUALITY, {**figures, **quality.to_dict()})

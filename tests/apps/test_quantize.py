@@ -223,6 +223,59 @@ def test_drift_from_an_earlier_run(config: QuantizeConfig) -> None:
         changed(config, drift_from="nowhere", overwrite=True)
 
 
+@pytest.mark.parametrize("kind", ["residual_kmeans", "rq_vae", "vq_fusion"])
+def test_a_new_generation_is_aligned_to_the_one_before(
+    config: QuantizeConfig, tmp_path: Path, kind: str
+) -> None:
+    training = {"epochs": 2.0, "batch_size": 128}
+    quantizers = {
+        "residual_kmeans": KMEANS,
+        "rq_vae": RqVaeConfig(cardinalities=(6, 4), **training),  # type: ignore[arg-type]
+        "vq_fusion": VqFusionConfig(codebooks=(6,), stages=((2, 3),), **training),  # type: ignore[arg-type]
+    }
+    first = dataclasses.replace(config, quantizer=quantizers[kind])
+    quantize(first)
+    # Half of the items are new, and the fit has another seed.
+    write_items(tmp_path / "later", 10 * np.arange(300, 900), seed=3)
+    x = np.load(tmp_path / "later" / "item_emb.npy")
+    x[:300] = np.load(tmp_path / "data" / "item_emb.npy")[300:]
+    np.save(tmp_path / "later" / "item_emb.npy", x)
+    later = dataclasses.replace(
+        first,
+        data=str(tmp_path / "later"),
+        quantizer=dataclasses.replace(quantizers[kind], seed=7),
+        align_to=first.output,
+        label="kind",
+        separator=", ",
+    )
+    second = changed(later)
+    assert second.drift is not None and second.drift.common == 300
+    assert second.alignment is not None and "of traffic keeps its first code" in second.alignment
+    quality = json.loads((Path(first.output).with_name("changed") / "quality.json").read_text())
+    shares = quality["alignment"]
+    assert shares["aligned"]["items"] == list(second.drift.changed.items)
+    assert shares["aligned"]["items"][0] <= 0.2 <= 1 - 1 / 8
+    assert shares["aligned"]["items"][0] <= shares["unaligned"]["items"][0]
+    assert second.drift.purity_after["kind"][0] > 0.9
+    # The quantizer that was saved is the aligned one: new items follow.
+    content = torch.from_numpy(x)
+    codes = second.quantizer.encode({"content": content} if kind == "vq_fusion" else content)
+    assert torch.equal(second.catalog.codes(10 * torch.arange(300, 900)), codes)
+    # The same command again finds all done; without the alignment it is another recipe.
+    assert changed(later).catalog.fingerprint == second.catalog.fingerprint
+    with pytest.raises(SidError, match="another recipe"):
+        changed(dataclasses.replace(later, align_to=None))
+    with pytest.raises(SidError, match="leave one out"):
+        dataclasses.replace(later, append_to=first.output)
+
+
+def test_sids_of_another_shape_are_not_aligned(config: QuantizeConfig) -> None:
+    quantize(config)
+    with pytest.raises(SidError, match="SIDs of another shape need a new model"):
+        changed(config, align_to=config.output, quantizer=ResidualKMeansConfig(cardinalities=(4, 4)))
+    assert not (Path(config.output).with_name("changed") / "catalog").exists()
+
+
 def test_bad_input_is_refused_before_anything_is_written(config: QuantizeConfig, tmp_path: Path) -> None:
     write_items(tmp_path / "nan", np.arange(50))
     x = np.load(tmp_path / "nan" / "item_emb.npy")
