@@ -3,7 +3,7 @@ FROM debian:bookworm-slim
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates g++ python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
-ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin
+ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 COPY . /opt/source
 WORKDIR /opt/source
 # The package itself not as a link to its sources: a wheel holds the CPU kernels for every x86-64 processor, so
