@@ -65,7 +65,7 @@ class ExportConfig:
     rows: int = 8192
     """Rows on which the precisions are compared."""
     batches: tuple[int, ...] = (1, 64, 512)
-    """Rows of the timed requests."""
+    """Candidates of the timed requests, all of one user where the model reads histories."""
     rounds: int = 20
     """Timed runs of each."""
 
@@ -112,6 +112,8 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
     requests, labels = _requests(trained, config.rows)
     histories = [name for name in requests[0].features if name.startswith("history")]
     example = requests[0].take(range(min(_EXAMPLE_ROWS, requests[0].rows)))
+    if histories:  # users with two candidates each
+        example = example.shared(2)
     identity = {"run": config.run, "step": trained.step, **trained.identity}
     ids = torch.from_numpy(np.array(trained.log.item_ids))
     items = ServedItems(ids, trained.ranking.item_values, trained.log.dense_names)
@@ -130,10 +132,12 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
         for precision in config.precisions
     }
     checked = _fresh_process([str(report.folder) for report in reports.values()], config)
-    rows = [_eager_row(trained.model, requests, labels, example, config)]
     plain = _answers(Program(trained.model, tuple(example.features)), requests)
+    rows = [_eager_row(trained.model, plain, labels, example, config)]
+    asked = [request.shared(1) for request in requests] if histories else requests
     for (precision, report), measured in zip(reports.items(), checked, strict=True):
-        logits = torch.cat([ServedModel.load(report.folder)(request) for request in requests])
+        served = ServedModel.load(report.folder)
+        logits = torch.cat([served(request) for request in asked])
         rows.append(_row(precision, report, measured, logits, plain, labels))
     write_json(output / "report.json", {"identity": identity, "rows": rows})
     return rows
@@ -228,17 +232,17 @@ def _fresh_process(folders: list[str], config: ExportConfig) -> list[dict[str, A
 
 def _answers(program: Program, requests: Sequence[Request]) -> Tensor:
     with torch.no_grad():
-        return torch.cat([program(r.dense, dict(r.features), r.extras) for r in requests])
+        return torch.cat([program(*request.arguments()) for request in requests])
 
 
 def _eager_row(
-    model: nn.Module, requests: Sequence[Request], labels: Tensor, example: Request, config: ExportConfig
+    model: nn.Module, logits: Tensor, labels: Tensor, example: Request, config: ExportConfig
 ) -> dict[str, Any]:
-    """The model as it was trained, called from Python."""
-    program = Program(model, tuple(example.features))
+    """The model as it was trained, called from Python; ``logits`` are its answers row by row."""
+    program = Program(model, tuple(example.features), example.by_user)
     times = {}
     for batch in config.batches:
-        request = example.take([i % example.rows for i in range(batch)])
+        request = example.of_size(batch)
         taken = []
         for turn in range(config.rounds + 1):
             began = time.perf_counter()
@@ -253,7 +257,7 @@ def _eager_row(
         "load_seconds": None,
         "difference_to_eager": 0.0,
         "difference_to_float": 0.0,
-        "ne": normalized_entropy(_answers(program, requests), labels),
+        "ne": normalized_entropy(logits, labels),
         "ms": times,
     }
 

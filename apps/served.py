@@ -68,7 +68,7 @@ def check_models(folders: Sequence[str], batches: Sequence[int], rounds: int) ->
             }
         )
     for batch in batches:
-        requests = [_of_size(request, batch) for _, request in models]
+        requests = [request.of_size(batch) for _, request in models]
         taken: list[list[float]] = [[] for _ in models]
         for turn in range(rounds + 1):
             for i, (model, _) in enumerate(models):
@@ -79,10 +79,6 @@ def check_models(folders: Sequence[str], batches: Sequence[int], rounds: int) ->
         for row, times in zip(rows, taken, strict=True):
             row["ms"][str(batch)] = statistics.median(times)
     return rows
-
-
-def _of_size(request: Request, rows: int) -> Request:
-    return request.take([i % request.rows for i in range(rows)])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

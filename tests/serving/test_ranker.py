@@ -36,7 +36,7 @@ def served(request, tmp_path_factory):
 
 
 def export_items(ranking, folder, ids):
-    example = make_request(ranking)
+    example = make_request(ranking).shared(2)
     limits = {name: 8 for name in example.features if name.startswith("history")}
     items = ServedItems(ids, VALUES, tuple(DENSE[: example.dense.shape[1]]))
     export_model(ranking.module.model, example, folder, max_lengths=limits, items=items)

@@ -216,7 +216,7 @@ class SideChannel(ItemChannel):
             if window == self.windows[0]:
                 pooled = self.pools(self.features, *seen)
                 if counts is not None:
-                    pooled = pooled.repeat_interleave(counts, dim=0, output_size=len(target))
+                    pooled = pooled.repeat_interleave(counts, dim=0, output_size=target.shape[0])
                 fields.append(pooled)
             numbers.append(self.similarity(item_bytes, seen.sids, seen.lengths, labels, counts))
         return fields, numbers

@@ -119,7 +119,7 @@ class HistoryEncoder(nn.Module):
         lengths, offsets, requests = actions.lengths(), actions.offsets(), RequestRows.of(rows)
         if requests is not None:  # without the rows that hold no history
             lengths = requests.lengths(features)
-            offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
+            offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         events = events + self.action(actions.values()) + self.age(features["history_age"].values())
         whole = lengths.is_cuda or torch.compiler.is_compiling()
         bound = self.config.max_length if whole else max(1, int(lengths.max()))

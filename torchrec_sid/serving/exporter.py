@@ -35,8 +35,9 @@ from torchrec_sid.artifact import (
     write_atomically,
 )
 from torchrec_sid.errors import SidError
+from torchrec_sid.models.request_rows import REQUEST, REQUEST_ROW, RequestRows
 from torchrec_sid.serving.quantized import Precision, quantize_tables
-from torchrec_sid.serving.request import Inputs, Request
+from torchrec_sid.serving.request import COUNTS, Inputs, Request
 from torchrec_sid.serving.served_model import (
     EXAMPLE,
     EXAMPLE_KIND,
@@ -96,12 +97,14 @@ def export_model(
 ) -> ExportReport:
     """Write a model as a program, and check that it answers as the model does.
 
-    It is tried on the example, on one row, on two, on the rows in another order and on empty bags.
+    It is tried on the example, on one row (or user), on two, in another order and on empty bags.
 
     Args:
         model: unsharded; called as ``model(dense, KeyedJaggedTensor, **extras)``, returns a tensor with a
             row per example. It is copied and not changed.
-        example: at least two rows; no feature without a value. Sizes of requests to come are free.
+        example: at least two rows; no feature without a value. Sizes of requests to come are free. With
+            ``counts``, the program takes users with several candidates: give two users or more, and one of
+            them several.
         folder: a local path or a URI, written anew as a whole: ``program.pt2``, ``manifest.json``,
             ``example.safetensors``.
         options: precision and tolerance.
@@ -140,12 +143,12 @@ def export_model(
     _check_example(example)
     # Quantizing swaps the tables of the copy only.
     eager = quantize_tables(copy.deepcopy(model).eval().requires_grad_(False), options.precision)
-    program = Program(eager, inputs.features)
+    program = Program(eager, inputs.features, inputs.by_user)
     exported = _trace(program, example)
     difference = _compare(exported, program, example, options.tolerance, limits)
     with torch.no_grad():
         expected = _answer(exported.module(), example)
-        plain = _answer(Program(copy.deepcopy(model).eval(), inputs.features), example)
+        plain = _answer(Program(copy.deepcopy(model).eval(), inputs.features, inputs.by_user), example)
     quantization = float((expected - plain).abs().max())
     manifest = ServedManifest(
         options.precision,
@@ -200,24 +203,38 @@ class Program(nn.Module):
     Args:
         model: called as ``model(dense, KeyedJaggedTensor, **extras)``.
         keys: order of the features in the KeyedJaggedTensor.
+        by_user: those that have a bag per user; the model then reads
+            :class:`~torchrec_sid.models.request_rows.RequestRows`.
     """
 
-    def __init__(self, model: nn.Module, keys: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, keys: tuple[str, ...], by_user: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.model = model
-        self._keys = list(keys)
+        self._keys, self._by_user = list(keys), by_user
 
     def forward(
         self, dense: Tensor, features: dict[str, tuple[Tensor, Tensor]], extras: dict[str, Tensor]
     ) -> Tensor:
-        """``[B, F]``, name -> (values ``[n]``, lengths ``[B]``), name -> extra -> the model's output."""
+        """``[B, F]``, name -> (values ``[n]``, lengths ``[B]``), name -> extra -> the model's output.
+
+        By user, ``extras["counts"]`` ``[U]`` says how many rows are each user's, and features by user have
+        lengths ``[U]``.
+        """
+        lengths = {name: features[name][1] for name in self._keys}
+        if self._by_user:
+            extras = dict(extras)
+            requests = RequestRows.consecutive(extras.pop(COUNTS), dense.shape[0])
+            extras |= {REQUEST: requests.request, REQUEST_ROW: requests.row}
+            nothing = torch.zeros_like(requests.request)
+            for name in self._by_user:
+                lengths[name] = nothing.index_copy(0, requests.row, lengths[name])
         values = [features[name][0] for name in self._keys]
         # Given here, sizes and offsets stay those of the inputs; TorchRec would make data of them.
         sizes = [value.shape[0] for value in values]
         kjt = KeyedJaggedTensor(
             keys=self._keys,
             values=torch.cat(values),
-            lengths=torch.cat([features[name][1] for name in self._keys]),
+            lengths=torch.cat([lengths[name] for name in self._keys]),
             stride=dense.shape[0],
             length_per_key=sizes,
             offset_per_key=[0, *itertools.accumulate(sizes)],
@@ -232,14 +249,17 @@ def _inputs(example: Request, limits: dict[str, int]) -> Inputs:
     for name in limits:
         if name not in features:
             raise SidError("max_lengths", f"{name!r}", f"The example has {list(features)}.")
-    return Inputs(example.dense.shape[1], features, extras, dict(example.rows_of), limits)
+    own = (example.dense.shape[1], features, extras, dict(example.rows_of), limits)
+    return Inputs(*own, by_user=example.by_user)
 
 
 def _check_example(example: Request) -> None:
-    if example.rows < 2:
+    if example.users < 2:
         raise SidError(
-            "example", f"{example.rows} rows", "Give two or more: sizes of 0 and 1 say too little."
+            "example", f"{example.users} rows", "Give two or more: sizes of 0 and 1 say too little."
         )
+    if example.users == example.rows and example.counts is not None:
+        raise SidError("example", "one candidate of every user", "Give one of them several.")
     for name, bags in example.features.items():
         if len(bags.values) < 2:
             raise SidError(
@@ -252,11 +272,11 @@ def _trace(program: Program, example: Request) -> ExportedProgram:
     shapes = (
         free,
         dict.fromkeys(example.features, (free, free)),
-        dict.fromkeys(example.extras, free),
+        dict.fromkeys(example.arguments()[2], free),
     )
     with torch.no_grad(), _quietly():
         try:
-            return torch.export.export(program, _arguments(example), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(program, example.arguments(), dynamic_shapes=shapes, strict=False)
         except Exception as error:  # torch.export raises whatever the traced code does
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise SidError(
@@ -269,13 +289,13 @@ def _trace(program: Program, example: Request) -> ExportedProgram:
 def _compare(
     exported: ExportedProgram, program: Program, example: Request, tolerance: float, limits: dict[str, int]
 ) -> float:
-    rows = example.rows
+    users = example.users
     runs = exported.module()
     requests = [
         example,
         example.take([0]),
-        example.take([rows - 1, 0]),
-        example.take([*reversed(range(rows)), *range(rows)]),
+        example.take([users - 1, 0]),
+        example.take([*reversed(range(users)), *range(users)]),
         example.without_values(sorted(limits)),
         example.take([0]).without_values(sorted(limits)),
     ]
@@ -304,19 +324,17 @@ def _compare(
     return worst
 
 
-def _arguments(request: Request) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    features = {name: (bags.values, bags.lengths) for name, bags in request.features.items()}
-    return request.dense, features, request.extras
-
-
 def _answer(program: Any, request: Request) -> Tensor:
-    result: Tensor = program(*_arguments(request))
+    result: Tensor = program(*request.arguments())
     return result
 
 
 def _write_program(path: Place, exported: ExportedProgram) -> None:
     # They would be pickled; the example lies beside the program.
     exported._example_inputs = None
+    for node in exported.graph.nodes:
+        # Where the code stood on this machine is nobody's business.
+        node.meta.pop("stack_trace", None)
     with _quietly():
         # The archive holds its own file name, which write_atomically leaves as it is.
         write_atomically(path, lambda temporary: torch.export.save(exported, temporary))

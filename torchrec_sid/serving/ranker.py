@@ -182,24 +182,21 @@ class Ranker:
     def _request(
         self, requests: Sequence[RankRequest], events: Sequence[_Events], sizes: list[int]
     ) -> Request:
-        """All candidates of all users as examples; the program reads a user's history once for each."""
+        """Each user's history once, and all candidates."""
         items = torch.from_numpy(np.concatenate([self._places(r.candidates)[0] for r in requests]))
-        per_user = torch.tensor([len(event.places) for event in events])
-        lengths = per_user.repeat_interleave(torch.tensor(sizes))
+        lengths = torch.tensor([len(event.places) for event in events])
         ones = torch.ones(len(items), dtype=torch.int64)
 
-        def repeated(parts: Sequence[Array]) -> Tensor:
-            return torch.from_numpy(
-                np.concatenate([np.tile(p, n) for p, n in zip(parts, sizes, strict=True)])
-            )
+        def joined(parts: Sequence[Array]) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts))
 
-        places = repeated([event.places for event in events])
+        places = joined([event.places for event in events])
         features: dict[str, Bags] = {}
         for name in self.model.inputs.features:
             if name == "history_action":
-                features[name] = Bags(repeated([event.actions for event in events]), lengths)
+                features[name] = Bags(joined([event.actions for event in events]), lengths)
             elif name == "history_age":
-                features[name] = Bags(repeated([event.ages for event in events]), lengths)
+                features[name] = Bags(joined([event.ages for event in events]), lengths)
             elif name.startswith("history"):
                 features[name] = Bags(self._columns[_column(name)][places], lengths)
             else:
@@ -209,7 +206,11 @@ class Ranker:
             at = places if name.startswith("history") else items
             extras[name] = self._columns[_column(name)][at]
         dense = torch.from_numpy(np.concatenate([request.dense for request in requests]))
-        return Request(dense, features, extras, dict(self.model.inputs.rows_of))
+        by_user = tuple(self._history)
+        counts = torch.tensor(sizes) if by_user else None
+        request = Request(dense, features, extras, dict(self.model.inputs.rows_of), counts, by_user)
+        # Programs of earlier releases read a history for each candidate.
+        return request if self.model.inputs.by_user else request.by_row()
 
     def _places(self, ids: Array) -> tuple[Array, Array]:
         """Where the ids are in the columns, and which are there at all."""

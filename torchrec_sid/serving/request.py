@@ -17,11 +17,15 @@ class Bags(NamedTuple):
     values: Tensor
     """``[n]`` int64: packed SIDs, ids or actions."""
     lengths: Tensor
-    """``[B]`` int64: values of each example; they sum to n."""
+    """``[B]`` int64: values of each example, or of each user; they sum to n."""
+
+
+COUNTS = "counts"
+"""Name of :attr:`Request.counts` among the inputs of a program."""
 
 
 class Request(NamedTuple):
-    """B examples to rank."""
+    """B examples to rank; with ``counts`` they are candidates of U users, one user after the other."""
 
     dense: Tensor
     """``[B, F]`` float32."""
@@ -32,25 +36,73 @@ class Request(NamedTuple):
     that ``rows_of`` names."""
     rows_of: dict[str, str]
     """Extra -> feature whose values its rows go with; extras that are not here have a row per example."""
+    counts: Tensor | None = None
+    """``[U]`` int64 above 0 that sum to B: examples of each user. None: every example is one user's."""
+    by_user: tuple[str, ...] = ()
+    """With ``counts``: features that have a bag per user, which all of his examples read."""
 
     @property
     def rows(self) -> int:
         """B."""
         return self.dense.shape[0]
 
-    def take(self, rows: Sequence[int]) -> Request:
-        """The examples ``rows``, in that order; they may repeat."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
-        places = {name: _places(bags.lengths, index) for name, bags in self.features.items()}
+    @property
+    def users(self) -> int:
+        """U."""
+        return self.rows if self.counts is None else self.counts.shape[0]
+
+    def take(self, users: Sequence[int]) -> Request:
+        """The users ``users`` (without ``counts``: the examples), in that order; they may repeat."""
+        index = torch.as_tensor(users, dtype=torch.int64)
+        if self.counts is None:
+            return self._gather(index, index)
+        taken = self._gather(_places(self.counts, index), index)
+        return taken._replace(counts=self.counts[index])
+
+    def by_row(self) -> Request:
+        """The same without ``counts``: every example carries the history of its user."""
+        if self.counts is None:
+            return self
+        each = torch.arange(self.users).repeat_interleave(self.counts)
+        return self._gather(torch.arange(self.rows), each)._replace(counts=None, by_user=())
+
+    def shared(self, size: int) -> Request:
+        """Users of ``size`` examples each (the last may have fewer): all take the history of the first.
+
+        Raises:
+            SidError: it is by user already.
+        """
+        if self.counts is not None:
+            raise SidError("request", f"{self.users} users already", "Share the histories of rows.")
+        first = torch.arange(0, self.rows, size)
+        by_user = tuple(name for name in self.features if name.startswith("history"))
+        whole = self._replace(by_user=by_user)._gather(torch.arange(self.rows), first)
+        return whole._replace(counts=torch.diff(first, append=torch.tensor([self.rows])))
+
+    def of_size(self, rows: int) -> Request:
+        """``rows`` examples, in turn those of this one; with ``counts`` candidates of its first user."""
+        whole = self.by_row()
+        taken = whole.take([i % whole.rows for i in range(rows)])
+        return taken if self.counts is None else taken.shared(rows)
+
+    def arguments(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """What a program is called with."""
+        features = {name: (bags.values, bags.lengths) for name, bags in self.features.items()}
+        extras = self.extras if self.counts is None else {**self.extras, COUNTS: self.counts}
+        return self.dense, features, extras
+
+    def _gather(self, examples: Tensor, users: Tensor) -> Request:
+        index = {name: users if name in self.by_user else examples for name in self.features}
+        places = {name: _places(bags.lengths, index[name]) for name, bags in self.features.items()}
         features = {
-            name: Bags(bags.values[places[name]], bags.lengths[index])
+            name: Bags(bags.values[places[name]], bags.lengths[index[name]])
             for name, bags in self.features.items()
         }
         extras = {
-            name: tensor[places[self.rows_of[name]] if name in self.rows_of else index]
+            name: tensor[places[self.rows_of[name]] if name in self.rows_of else examples]
             for name, tensor in self.extras.items()
         }
-        return Request(self.dense[index], features, extras, self.rows_of)
+        return Request(self.dense[examples], features, extras, self.rows_of, self.counts, self.by_user)
 
     def without_values(self, names: Sequence[str]) -> Request:
         """The same examples with every bag of the features ``names`` empty."""
@@ -62,11 +114,11 @@ class Request(NamedTuple):
             name: tensor[:0] if self.rows_of.get(name) in names else tensor
             for name, tensor in self.extras.items()
         }
-        return Request(self.dense, features, extras, self.rows_of)
+        return self._replace(features=features, extras=extras)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat, by name, for a file: copies, since features of one history share their lengths."""
-        tensors = {"dense": self.dense}
+        tensors = {"dense": self.dense} | ({} if self.counts is None else {COUNTS: self.counts})
         for name, bags in self.features.items():
             tensors[f"values/{name}"], tensors[f"lengths/{name}"] = bags
         tensors |= {f"extra/{name}": tensor for name, tensor in self.extras.items()}
@@ -77,7 +129,8 @@ class Request(NamedTuple):
         """The counterpart of :meth:`to_tensors`."""
         features = {n: Bags(tensors[f"values/{n}"], tensors[f"lengths/{n}"]) for n in inputs.features}
         extras = {name: tensors[f"extra/{name}"] for name in inputs.extras}
-        return cls(tensors["dense"], features, extras, dict(inputs.rows_of))
+        counts = tensors[COUNTS] if inputs.by_user else None
+        return cls(tensors["dense"], features, extras, dict(inputs.rows_of), counts, inputs.by_user)
 
 
 class Inputs(NamedTuple):
@@ -97,6 +150,8 @@ class Inputs(NamedTuple):
     """Features of one history: every example has as many values of each."""
     ranges: dict[str, tuple[int, int]] = {}  # noqa: RUF012  never changed
     """Feature -> smallest and largest value that the model knows."""
+    by_user: tuple[str, ...] = ()
+    """As in :class:`Request`; none: the program reads a bag of every feature for each example."""
 
     def check(self, request: Request) -> None:
         """Refuse what the program would compute wrongly.
@@ -118,10 +173,12 @@ class Inputs(NamedTuple):
                 f"{float(dense[row, column])} in row {row}, column {column}",
                 "Pass finite numbers.",
             )
+        self._check_counts(request)
         _same_names("feature", request.features, self.features)
         _same_names("extra input", request.extras, self.extras)
         for name, bags in request.features.items():
-            _check_bags(name, bags, request.rows, self.max_lengths.get(name))
+            bags_of = request.users if name in self.by_user else request.rows
+            _check_bags(name, bags, bags_of, self.max_lengths.get(name))
             _check_range(name, bags.values, self.ranges.get(name))
         for group in self.together:
             _check_together(group, request.features)
@@ -135,6 +192,25 @@ class Inputs(NamedTuple):
                     f"{extra.dtype} of shape {tuple(extra.shape)}",
                     f"Pass {dtype} of shape {(rows, *shape)}.",
                 )
+
+    def _check_counts(self, request: Request) -> None:
+        if (request.counts is None) == bool(self.by_user) or request.by_user != self.by_user:
+            raise SidError(
+                COUNTS,
+                "missing" if request.counts is None else f"given, with {list(request.by_user)} by user",
+                f"This program reads {list(self.by_user) or 'nothing'} by user.",
+            )
+        counts = request.counts
+        if counts is None:
+            return
+        if counts.dtype != torch.int64 or counts.dim() != 1:
+            raise SidError(COUNTS, f"{counts.dtype} of shape {tuple(counts.shape)}", "Pass int64 [U].")
+        if not len(counts) or int(counts.min()) < 1 or int(counts.sum()) != request.rows:
+            raise SidError(
+                COUNTS,
+                f"{counts.tolist()[:8]} for {request.rows} examples",
+                "Give every user at least one example, and every example a user.",
+            )
 
 
 def _places(lengths: Tensor, index: Tensor) -> Tensor:
@@ -188,7 +264,9 @@ def _check_bags(name: str, bags: Bags, rows: int, most: int | None) -> None:
                 where, f"{word} {tensor.dtype} of shape {tuple(tensor.shape)}", "Pass int64 [n]."
             )
     if len(bags.lengths) != rows:
-        raise SidError(where, f"{len(bags.lengths)} lengths for {rows} examples", "Give one per example.")
+        raise SidError(
+            where, f"{len(bags.lengths)} lengths for {rows} bags", "Give one per example or user."
+        )
     if not rows:
         return
     low, high = (int(bound) for bound in bags.lengths.aminmax())

@@ -24,9 +24,9 @@ from torchrec_sid.artifact.place import same_path
 from torchrec_sid.artifact.sealed import check_kind
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.serving.program_check import check_program
-from torchrec_sid.serving.request import Inputs, Request
+from torchrec_sid.serving.request import COUNTS, Inputs, Request
 
-KIND, VERSION = "served_model", 2
+KIND, VERSION = "served_model", 3
 EXAMPLE_KIND, EXAMPLE_VERSION = "served_model_example", 1
 PROGRAM, EXAMPLE, ITEMS = "program.pt2", "example.safetensors", "items.safetensors"
 ITEMS_KIND, ITEMS_VERSION = "served_items", 1
@@ -115,7 +115,8 @@ class ServedModel:
         """
         import fbgemm_gpu  # noqa: F401  registers the operators of the look-ups
 
-        import torchrec_sid.side  # noqa: F401  and those over packed SIDs
+        import torchrec_sid.models.user_attention
+        import torchrec_sid.side  # noqa: F401  and those over histories
 
         opened = open_served(folder, verify=verify)
         manifest: ServedManifest = opened.read_config(ServedManifest)
@@ -124,6 +125,8 @@ class ServedModel:
 
     def __call__(self, request: Request) -> Tensor:
         """Rank ``[B]`` examples: what the model returned, one row per example.
+
+        A program that reads histories by user takes requests with ``counts``.
 
         Args:
             request: on the CPU.
@@ -134,8 +137,11 @@ class ServedModel:
         """
         # Always: a program reads memory by the lengths that it is given.
         self.inputs.check(request)
+        # In the order of the program.
         features = {name: tuple(request.features[name]) for name in self.inputs.features}
         extras = {name: request.extras[name] for name in self.inputs.extras}
+        if request.counts is not None:
+            extras[COUNTS] = request.counts
         with torch.no_grad():
             answer: Tensor = self._program(request.dense, features, extras)
         return answer
