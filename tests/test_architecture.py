@@ -28,9 +28,10 @@ _LAYERS = {
             ("side",),
             ("tables",),
             ("collections", "data"),
-            ("item_content", "learn", "move_tables", "new_generation", "parallel", "replace", "serving"),
+            ("item_content", "learn", "move_tables", "new_generation", "parallel", "replace"),
             ("metrics", "models"),
             ("training",),
+            ("serving",),
         )
     )
     for room in rooms

@@ -109,10 +109,10 @@ def running(folder, *options):
         server.process.wait()
 
 
-def inputs(dense, events=3, candidates=4, **changes):
+def inputs(dense, events=3, rows=4, **changes):
     draw = np.random.default_rng(0)
     values = {
-        "candidates": ("INT64", draw.integers(100, 100 + ITEMS, candidates).tolist()),
+        "candidates": ("INT64", draw.integers(100, 100 + ITEMS, rows).tolist()),
         "history": ("INT64", draw.integers(100, 100 + ITEMS, events).tolist()),
         "history_action": ("INT64", draw.integers(0, 2, events).tolist()),
         "history_ts": ("INT64", [10 * (i + 1) for i in range(events)]),
@@ -147,7 +147,7 @@ def test_both_protocols_answer_as_the_model_and_refuse_by_name(versions):
             assert ids == asked["candidates"][1]
             np.testing.assert_allclose(scores, wanted, atol=1e-5)
         for wrong, named in (
-            (inputs(dense, candidates=0), "candidates"),
+            (inputs(dense, rows=0), "candidates"),
             (inputs(dense, candidates=("INT64", [5])), "item 5 is not in this model"),
             (inputs(dense, history_action=("INT64", [1])), "history_action has 1"),
             (inputs(dense, ts=("INT64", [1])), "after ts 1"),
@@ -209,11 +209,11 @@ def test_too_much_is_refused_and_the_server_lives(versions):
     dense = len(Ranker.load(versions[0]).dense_names)
     few = ("--limits.max_rows=8", "--limits.max_queued_rows=8", "--max_candidates=16")
     with running(versions[0], *few) as server:
-        status, answer = server.ask(inputs(dense, candidates=17))
+        status, answer = server.ask(inputs(dense, rows=17))
         assert (status, "at most 16" in answer["error"]) == (400, True)
         ends = []
         threads = [
-            threading.Thread(target=lambda: ends.append(server.ask(inputs(dense, candidates=8))[0]))
+            threading.Thread(target=lambda: ends.append(server.ask(inputs(dense, rows=8))[0]))
             for _ in range(40)
         ]
         for thread in threads:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -198,7 +199,7 @@ class RankingModel(Model):
             output.set_data_from_numpy(values, binary_data=bool(body.from_grpc or body.use_binary_outputs))
             outputs.append(output)
         return InferResponse(
-            body.id,
+            body.id or str(uuid.uuid4()),  # optional in a request; KServe's answers need one
             self.name,
             outputs,
             from_grpc=body.from_grpc,
