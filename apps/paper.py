@@ -33,6 +33,7 @@ from .report import plot_gains, summarise, terminal_table, write_report
 from .rows import Comparison
 from .rundir import git_commit
 from .saved_tables import save_table
+from .search import with_choices
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class PaperConfig:
     """Passes over the training events, at most."""
     minutes: float | None = None
     """Begin no training later than this; the same call goes on where it stopped."""
+    chosen: str | None = None
+    """File of torchrec-sid search: rows whose names it holds train with what it chose for them."""
     save: str | None = None
     """Folder of finished tables, such as docs/tables: LOG-TABLE.json there gets the rows of this call."""
     max_steps: int | None = None
@@ -126,7 +129,8 @@ def paper(config: PaperConfig, console: Console) -> dict[str, Any]:
         table = TABLES[config.table](items)
         if config.rows_file:
             table = table.with_file(config.rows_file, items)
-        return table.chosen(config.rows)
+        table = table.chosen(config.rows)
+        return table if config.chosen is None else with_choices(table, Path(config.chosen))
 
     content = {"source": config.source, "categories": config.categories, "separator": config.separator}
     content = {name: value for name, value in content.items() if value}

@@ -39,6 +39,8 @@ class PreparedLog:
     path: Path
     manifest: dict[str, Any]
     """Fingerprint, configuration and counts; see docs/data.md."""
+    closed: tuple[str, ...] = ()
+    """Splits that no reader of this object opens, so that nothing can be tuned on them."""
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> PreparedLog:
@@ -62,7 +64,7 @@ class PreparedLog:
 
     def __getstate__(self) -> dict[str, Any]:
         # Mapped arrays would be copied into a worker process; it opens its own.
-        return {"path": self.path, "manifest": self.manifest}
+        return {"path": self.path, "manifest": self.manifest, "closed": self.closed}
 
     @property
     def fingerprint(self) -> str:
@@ -168,9 +170,13 @@ class PreparedLog:
         return self.manifest["features"]["rows"][table_of(feature)]
 
     def check_split(self, split: str) -> str:
-        """The split's name, or SidError if there is no such split."""
+        """The split's name, or SidError if there is no such split or it is closed."""
         if split not in SPLITS:
             raise SidError("split", f"{split!r}", f"Choose from {', '.join(SPLITS)}.")
+        if split in self.closed:
+            raise SidError(
+                "split", f"{split!r} is closed to this run", "Tune on valid; test once, at the end."
+            )
         return split
 
     def _feature(self, folder: str, key: str) -> Array | Jagged:

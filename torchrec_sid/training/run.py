@@ -76,7 +76,7 @@ def open_log(config: TrainConfig, ranks: Ranks, begun: CheckpointInfo | None = N
         return prepare(config.data, out, config.prepare, specification=specification).fingerprint
 
     ranks.first(make, where=config.data)
-    return PreparedLog.open(out)
+    return replace(PreparedLog.open(out), closed=config.closed_splits)
 
 
 # Stage 2: what its items are.

@@ -88,6 +88,8 @@ class TrainConfig:
     """Stop after this many steps."""
     evaluate_on: str = "test"
     """Split of the final metrics: valid or test."""
+    closed_splits: tuple[str, ...] = ()
+    """Splits that this run cannot open, whatever asks for them: a search closes test."""
     slices: tuple[str, ...] = ()
     """Categorical features of the specification by whose values metrics are given too."""
     evaluate_every: int | Literal["epoch"] | None = None
