@@ -7,7 +7,7 @@ FOR_USERS := $(VENV)/.user
 FOR_DEVELOPERS := $(VENV)/.developer
 PINS := requirements-cpu.txt pyproject.toml setup.py packaging/fbgemm-gpu-cpu-shim/pyproject.toml
 
-.PHONY: setup demo paper lint test test-all check-docs docs dist serve-setup clean
+.PHONY: setup demo paper lint test test-all mutants check-docs docs dist serve-setup clean
 
 setup: $(FOR_DEVELOPERS)
 
@@ -49,6 +49,10 @@ test: lint
 
 test-all: lint serve-setup
 	$(PYTEST)
+
+# Whether tests notice single changes to the code (tests/mutants); ARGS="--room catalog" for some of them.
+mutants: $(FOR_DEVELOPERS)
+	$(PY) -m tests.mutants $(ARGS)
 
 # The pages: links, anchors, commands, every example that is run, numbers against docs/tables.
 check-docs: $(FOR_DEVELOPERS)
