@@ -28,7 +28,7 @@ _LAYERS = {
             ("side",),
             ("tables",),
             ("collections", "data"),
-            ("item_content", "learn", "move_tables", "new_generation", "parallel", "replace"),
+            ("item_content", "learn", "moved_rows", "new_generation", "parallel", "replace"),
             ("metrics", "models"),
             ("training",),
             ("serving",),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         SidRecipe as SidRecipe,
         learn_sids as learn_sids,
     )
-    from torchrec_sid.move_tables import move_tables as move_tables
+    from torchrec_sid.moved_rows import move_tables as move_tables
     from torchrec_sid.quality import (
         QualityReport as QualityReport,
         measure_quality as measure_quality,
@@ -94,7 +94,7 @@ _HOMES = {
     "catalog": ("ItemValues", "SidCatalog", "add_last_digit", "measure_drift"),
     "collections": ("SidEmbeddingBagCollection", "SidEmbeddingCollection"),
     "learn": ("LearnedSids", "SidRecipe", "learn_sids"),
-    "move_tables": ("move_tables",),
+    "moved_rows": ("move_tables",),
     "quality": ("QualityReport", "measure_quality"),
     "quantizers": (
         "CategorySource",

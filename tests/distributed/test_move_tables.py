@@ -20,7 +20,7 @@ from torchrec_sid import (
 )
 from torchrec_sid.catalog import ItemValues
 from torchrec_sid.errors import SidError
-from torchrec_sid.move_tables import move_tables
+from torchrec_sid.moved_rows import move_tables
 from torchrec_sid.parallel.embedding_tables import row_blocks
 from torchrec_sid.parallel.optimizer import TableOptimizer
 from torchrec_sid.parallel.planner_config import PlannerConfig, TableConstraint
@@ -84,6 +84,29 @@ def test_a_prefix_row_is_the_mean_of_the_old_rows_of_its_items_by_traffic():
     torch.testing.assert_close(
         model.bags(batch)["item"].detach(), torch.stack([wanted[1] + wanted[4], 2 * wanted[6]])
     )
+
+
+def test_a_fine_row_takes_up_what_the_mean_of_a_coarse_one_leaves():
+    # Items 1 and 2 had two first codes and now share one; each has a second code of its own.
+    before = TableCatalog(TINY, dict(zip([1, 2], packed([0, 0], [1, 0]), strict=True)))
+    after = TableCatalog(TINY, dict(zip([1, 2], packed([1, 0], [1, 1]), strict=True)))
+    model = Bags(HashedPrefix(2), before)
+    old = model.bags.embedding_bags["t"].weight.detach().clone()
+    batch = KeyedJaggedTensor.from_lengths_sync(
+        ["item", "user"], torch.tensor([1, 2]), torch.tensor([1, 1, 0, 0]).int()
+    )
+    known = model.bags(batch)["item"].detach()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    weight = model.bags.embedding_bags["t"].weight
+    optimizer.state[weight]["sum"].copy_(old.abs())
+    traffic = ItemValues(torch.tensor([1, 2]), torch.tensor([3.0, 1.0]))
+    move_tables(model, before, after, traffic=traffic, optimizer=optimizer)
+    torch.testing.assert_close(weight[1].detach(), (3 * old[0] + old[1]) / 4)
+    torch.testing.assert_close(model.bags(batch)["item"].detach(), known)
+    # A state is no sum: it is the mean of what the rows had.
+    state = optimizer.state[weight]["sum"]
+    torch.testing.assert_close(state[4:6], old[[2, 4]].abs())
+    assert bool((state >= 0).all())
 
 
 def test_the_same_catalog_moves_nothing_that_an_item_reads():
@@ -207,7 +230,10 @@ def test_sharded_tables_and_their_optimizers_move_as_unsharded_ones_do(kind, opt
     with torch.no_grad():
         for name in tables:
             _fill(tables[name].weight, len(tables[name].weight), names.index(name))
-    move_tables(plain, CATALOG, MOVED, traffic=TRAFFIC)
+    reference = torch.optim.Adagrad(plain.parameters())
+    for table in tables.values():
+        reference.state[table.weight]["sum"].copy_(table.weight)
+    move_tables(plain, CATALOG, MOVED, traffic=TRAFFIC, optimizer=reference)
     seen = set()
     for weights, states, moved, _ in found:
         for name, blocks in weights.items():
@@ -220,10 +246,9 @@ def test_sharded_tables_and_their_optimizers_move_as_unsharded_ones_do(kind, opt
                 )
         for name, blocks in states.items():
             for row, values in blocks:
-                # Filled with the numbers of the rows, the state must be what the rows became.
                 torch.testing.assert_close(
                     torch.tensor(values),
-                    tables[name].weight.detach()[row : row + len(values), 0],
+                    reference.state[tables[name].weight]["sum"][row : row + len(values), 0],
                     atol=1e-6,
                     rtol=1e-6,
                 )

@@ -19,7 +19,10 @@ class Catalog(Protocol):
     """What is used of a :class:`torchrec_sid.catalog.SidCatalog`."""
 
     spec: SidSpec
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """What a model records that was trained with it."""
 
     def item_ids(self) -> Tensor:
         """Ids ``[N]`` int64, sorted."""

@@ -83,12 +83,13 @@ def move_tables(
 ) -> MoveReport:
     """Carry the tables of SIDs from one catalog to another, in place; collective where it is sharded.
 
-    A row becomes the mean of the old rows of its items, weighted by their traffic: that of the prefix of
-    depth d from the rows of the old prefixes of depth d, that of a piece from the pieces that held its
-    levels, each by the share of its levels (so that what an item sums up to is kept). Rows of no item
-    become zero, and the row of the unknown item stays. Optimizer state moves the same way. Features that
-    carry raw ids are looked up in ``after`` from then on; a reader that looks SIDs up must use it too.
-    What is not a table (SIDE's features, their projections, dense parameters) stays as it is.
+    A row becomes the mean of the old rows of its items, weighted by their traffic. Prefixes in one table
+    are carried coarse to fine: the rows of depths 1 to d together become the mean of what the old rows of
+    depths 1 to d summed up to, so that a fine row takes up what the mean in a coarse one leaves. A piece
+    takes the pieces that held its levels, each by the share of its levels, which keeps the sums of items
+    too. Rows of no item become zero, and the row of the unknown item stays. Optimizer state moves as plain
+    means. Features that carry raw ids are looked up in ``after`` from then on; a reader that looks SIDs up
+    must use it too. What is not a table (SIDE's features, their projections, dense parameters) stays.
 
     Args:
         model: holds SID collections; plain, or a ``DistributedModelParallel`` under any sharding.
@@ -132,12 +133,13 @@ def move_tables(
     parameters = dict(model.named_parameters())
     done = []
     for key, plan in moves:
-        _move(weights[key], plan, ranks)
+        for rows in plan.nested or (plan.mean,):
+            _move(weights[key], rows, ranks)
         states = _states(optimizer, key, parameters, plan.rows)
         names = _names(states, ranks)
         for name in names:
-            _move(states.get(name), plan, ranks)
-        started = len(plan.new.unique()) - 1
+            _move(states.get(name), plan.mean, ranks)
+        started = len(plan.mean.new.unique()) - 1
         done.append(MovedTable(plan.name, plan.rows, started, tuple(names)))
     for _, collection in found:
         _look_up_in(collection, after)
@@ -155,6 +157,18 @@ class _RowMap(NamedTuple):
     """``[m]`` int64."""
     share: Tensor
     """``[m]`` float64: how much of the old row is in the new one."""
+
+
+class _TablePlan(NamedTuple):
+    """How the rows of a physical table move."""
+
+    name: str
+    rows: int
+    mean: _RowMap
+    """What each row has itself; of optimizer state."""
+    nested: tuple[_RowMap, _RowMap] | None
+    """For weights of prefixes: what the rows up to each depth sum up to, then less that of a depth before.
+    None where that is :attr:`mean`."""
 
 
 class _CatalogPair(NamedTuple):
@@ -190,7 +204,7 @@ def _plan_table(
     table: SidTableConfig,
     pairs: list[_CatalogPair],
     traffic: ItemValues | None,
-) -> tuple[list[_RowMap], list[str], int]:
+) -> tuple[list[_TablePlan], list[str], int]:
     """Row maps of the physical tables of one configuration, what stays and why, and items in common."""
     feature = (table.feature_names or (table.name,))[0]
     catalog = collection.catalog_maps.get(feature)
@@ -201,7 +215,7 @@ def _plan_table(
             scheme.vectors(pairs[0].before.spec, table.embedding_dim, catalog, torch.device("cpu"))
             is not None
         ):
-            left.append(f"{table.name}: {scheme.label} has no rows; train it on under the new SIDs")
+            left.append(f"{table.name}: {scheme.label} has no rows to move: fine-tune it")
             continue
         for slot in slots:
             name = physical_name(table, scheme, slot)
@@ -217,38 +231,80 @@ def _plan_table(
     return plans, left, most
 
 
+class _Sums:
+    """Weighted means of old rows by new row, items added some at a time."""
+
+    def __init__(self, name: str, rows: int) -> None:
+        self._name, self._rows = name, rows
+        self._keys = torch.zeros(0, dtype=torch.int64)
+        self._values = torch.zeros(0, dtype=torch.float64)
+        self._total = torch.zeros(rows, dtype=torch.float64)
+
+    def add(self, new: Tensor, old: Tensor, values: Tensor) -> None:
+        """What old rows are worth to new rows, all of one shape."""
+        keys, place = torch.cat([self._keys, (new * self._rows + old).flatten()]).unique(
+            return_inverse=True
+        )
+        values = torch.cat([self._values, values.flatten()])
+        self._values = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, place, values)
+        self._keys = keys
+
+    def count(self, new: Tensor, weights: Tensor) -> None:
+        """What their sums are divided by."""
+        self._total.index_add_(0, new.flatten(), weights.flatten())
+
+    def mean(self) -> _RowMap:
+        """The map; the last row, of the unknown item, stays."""
+        new, old = self._keys // self._rows, self._keys % self._rows
+        last = torch.tensor([self._rows - 1])
+        known = new != last
+        share = self._values / self._total[new]
+        return _RowMap(
+            self._name,
+            self._rows,
+            torch.cat([new[known], last]),
+            torch.cat([old[known], last]),
+            torch.cat([share[known], torch.ones(1, dtype=torch.float64)]),
+        )
+
+
 def _plan_slot(
     name: str, slot: Slot, indexer: Indexer, pairs: list[_CatalogPair], traffic: ItemValues | None
-) -> tuple[_RowMap, int]:
-    keys, values, items = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64), 0
-    total = torch.zeros(slot.rows, dtype=torch.float64)
+) -> tuple[_TablePlan, int]:
+    plain, nested, items = _Sums(name, slot.rows), _Sums(name, slot.rows), 0
+    # Prefixes of which each has rows of its own, coarse to fine.
+    prefixes = [j for j, column in enumerate(slot.columns) if column.exact and column.start == 0]
+    parents = torch.zeros(2, 0, dtype=torch.int64)
     for pair in pairs:
         for ids, old, new in _common_items(pair):
             items += len(ids)
             weight = _item_weights(ids, traffic).unsqueeze(1)
             before, after, part, once = _rows_of_items(indexer, old, new)
-            total.index_add_(0, after.flatten(), (weight * once).flatten())
-            key = (after * slot.rows + before).flatten()
-            keys, place = torch.cat([keys, key]).unique(return_inverse=True)
-            values = torch.zeros(len(keys), dtype=torch.float64).index_add_(
-                0, place, torch.cat([values, (weight * part).flatten()])
-            )
+            plain.add(after, before, weight * part)
+            plain.count(after, weight * once)
+            for j in range(after.shape[1]):
+                depth = prefixes.index(j) + 1 if j in prefixes else 0
+                sources = before[:, prefixes[:depth]] if depth else before[:, j : j + 1]
+                nested.add(after[:, j : j + 1].expand_as(sources), sources, weight.expand(sources.shape))
+                nested.count(after[:, j], weight)
+                if depth > 1:
+                    both = torch.stack([after[:, j], after[:, prefixes[depth - 2]]])
+                    parents = torch.cat([parents, both], dim=1).unique(dim=1)
     if not items:
         raise SidError(f"table {name!r}", "no item is in both catalogs", "Pass catalogs of the same items.")
-    rows, old_rows = keys // slot.rows, keys % slot.rows
-    share = values / total[rows]
-    unknown = torch.tensor([slot.rows - 1])  # of the unknown item, which stays
-    known = rows != unknown
-    return (
-        _RowMap(
-            name,
-            slot.rows,
-            torch.cat([rows[known], unknown]),
-            torch.cat([old_rows[known], unknown]),
-            torch.cat([share[known], torch.ones(1, dtype=torch.float64)]),
-        ),
-        items,
-    )
+    mean = plain.mean()
+    if len(prefixes) < 2:
+        return _TablePlan(name, slot.rows, mean, None), items
+    return _TablePlan(name, slot.rows, mean, (nested.mean(), _less_parents(mean, parents))), items
+
+
+def _less_parents(mean: _RowMap, parents: Tensor) -> _RowMap:
+    """Every row that started, less the row of its parent: ``[2, m]`` rows and their parents."""
+    own = mean.new.unique()
+    new, old = torch.cat([own, parents[0]]), torch.cat([own, parents[1]])
+    share = torch.cat([torch.ones(len(own)), -torch.ones(parents.shape[1])]).double()
+    order = new.argsort(stable=True)
+    return _RowMap(mean.name, mean.rows, new[order], old[order], share[order])
 
 
 def _common_items(pair: _CatalogPair) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
