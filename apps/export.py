@@ -128,6 +128,7 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
             ranges={name: (0, trained.log.actions - 1) for name in histories if name == "history_action"},
             identity=identity,
             items=items,
+            log=trained.log,
         )
         for precision in config.precisions
     }

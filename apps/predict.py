@@ -3,7 +3,8 @@
     torchrec-sid predict --folder out/run/served/float --requests requests.parquet --output scores/
 
 The Parquet file has a row per request: ``candidates`` (list of item ids), ``history``, ``history_action``,
-``history_ts`` (lists), ``ts``, and every dense feature by its name; other columns travel through. OUTPUT
+``history_ts`` (lists), ``ts``, and every dense feature and feature of the log's specification by its name;
+other columns travel through. OUTPUT
 gets ``part-NNNNN.parquet`` with ``scores`` beside them, in the order of the requests; started again, it
 goes on.
 """
@@ -147,7 +148,12 @@ def _request(ranker: Ranker, table: pa.Table, row: int, number: int) -> RankRequ
             f"request {number}", str(error), "Give integers, and one number per dense feature."
         ) from error
     columns = np.stack(dense, 1) if dense else np.empty((len(candidates), 0), np.float32)
-    request = RankRequest(candidates, history, actions, times, int(of("ts", -1)), columns)
+    features = {}
+    for name in () if ranker.features is None else ranker.features.asked:
+        value = of(name, [])
+        if value != []:
+            features[name] = pa.array(value if isinstance(value, list) else [value])
+    request = RankRequest(candidates, history, actions, times, int(of("ts", -1)), columns, features)
     try:
         ranker.check(request)
     except SidError as error:

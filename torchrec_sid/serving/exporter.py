@@ -34,10 +34,12 @@ from torchrec_sid.artifact import (
     whole_folder,
     write_atomically,
 )
+from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.errors import SidError
 from torchrec_sid.models.request_rows import REQUEST, REQUEST_ROW, RequestRows
 from torchrec_sid.serving.quantized import Precision, quantize_tables
 from torchrec_sid.serving.request import COUNTS, Inputs, Request
+from torchrec_sid.serving.served_features import FEATURES, ServedFeatures
 from torchrec_sid.serving.served_model import (
     EXAMPLE,
     EXAMPLE_KIND,
@@ -94,6 +96,7 @@ def export_model(
     ranges: Mapping[str, tuple[int, int]] | None = None,
     identity: Mapping[str, Any] | None = None,
     items: ServedItems | None = None,
+    log: PreparedLog | None = None,
 ) -> ExportReport:
     """Write a model as a program, and check that it answers as the model does.
 
@@ -114,6 +117,7 @@ def export_model(
         identity: JSON-serialisable, kept in the manifest: what the weights depend on.
         items: what the program reads of each item; with it, :class:`~torchrec_sid.serving.ranker.Ranker`
             and the server take the items' own ids.
+        log: whose specification's features go with it, with their vocabularies and scales.
 
     Raises:
         SidError: an example that shows too little, a model that cannot be traced, or answers that differ.
@@ -160,7 +164,8 @@ def export_model(
         {name: _version(name) for name in ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu")},
     )
     place = locate(folder)
-    size = _publish(place, exported, manifest, example.to_tensors() | {"outputs": expected}, items)
+    tensors = example.to_tensors() | {"outputs": expected}
+    size = _publish(place, exported, manifest, tensors, items, log)
     return ExportReport(place, size, difference, quantization, expected)
 
 
@@ -170,12 +175,13 @@ def _publish(
     manifest: ServedManifest,
     tensors: dict[str, Tensor],
     items: ServedItems | None,
+    log: PreparedLog | None,
 ) -> int:
     """Write the folder, on a local disk as a whole or not at all; the program's size."""
     if isinstance(place, RemotePath):
-        return _write(place, exported, manifest, tensors, items)
+        return _write(place, exported, manifest, tensors, items, log)
     with folder_lock(place), whole_folder(place, KIND) as work:
-        return _write(work, exported, manifest, tensors, items)
+        return _write(work, exported, manifest, tensors, items, log)
 
 
 def _write(
@@ -184,6 +190,7 @@ def _write(
     manifest: ServedManifest,
     tensors: dict[str, Tensor],
     items: ServedItems | None,
+    log: PreparedLog | None,
 ) -> int:
     _write_program(place / PROGRAM, exported)
     save_artifact(place / EXAMPLE, kind=EXAMPLE_KIND, version=EXAMPLE_VERSION, config={}, tensors=tensors)
@@ -192,6 +199,8 @@ def _write(
     if items is not None:
         items.write(place / ITEMS)
         names.append(ITEMS)
+    if log is not None and ServedFeatures.write(log, place / FEATURES):
+        names.append(FEATURES)
     files = {name: record_file(place, name) for name in names}
     seal_folder(place, kind=KIND, version=VERSION, config=config, files=files)
     return files[PROGRAM].bytes

@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from torchrec_sid.ages import NO_TIME, age_bucket
 from torchrec_sid.artifact import load_artifact
+from torchrec_sid.data.encoding import Jagged, concatenated
 from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.hashing import text_id
 from torchrec_sid.serving.request import Bags, Request
+from torchrec_sid.serving.served_features import FEATURES, ServedFeatures
 from torchrec_sid.serving.served_model import (
     ITEMS,
     ITEMS_KIND,
@@ -45,6 +49,9 @@ class RankRequest(NamedTuple):
     """Seconds, of the request; -1 where unknown."""
     dense: Array
     """``[n, F]`` float32, in the order of :attr:`Ranker.dense_names`."""
+    features: Mapping[str, pa.Array] = {}  # noqa: RUF012  never changed
+    """Features of the specification, as the log has them: one value or ``[n]`` of context and user, ``[m]``
+    of past events. What is not here is missing; features of items are the folder's."""
 
 
 class Ranked(NamedTuple):
@@ -65,10 +72,16 @@ class Ranker:
     """
 
     def __init__(
-        self, model: ServedModel, ids: Array, columns: Mapping[str, Tensor], dense_names: Sequence[str]
+        self,
+        model: ServedModel,
+        ids: Array,
+        columns: Mapping[str, Tensor],
+        dense_names: Sequence[str],
+        features: ServedFeatures | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.features = model, features
         self.dense_names = tuple(dense_names)
+        """Dense inputs that a request states; numbers of the specification come behind them."""
         self._ids, self._columns = ids, dict(columns)
         self._history = [name for name in model.inputs.features if name.startswith("history")]
         limits = [model.inputs.max_lengths[name] for name in self._history]
@@ -87,12 +100,19 @@ class Ranker:
         for name, tensor in items.tensors.items():
             if name.startswith("column/"):
                 columns[name.removeprefix("column/")] = tensor
+        ids = items.tensors["item_ids"].numpy()
+        features = None
+        if FEATURES in model.files:
+            features = ServedFeatures.read(
+                Path(folder) / FEATURES, lambda own: _index(own, ids, columns[""].numpy()), verify=verify
+            )
+        known = ("history_action", "history_age", *(features.keys if features is not None else ()))
         for name in (*model.inputs.features, *model.inputs.extras):
-            if name not in ("history_action", "history_age") and _column(name) not in columns:
+            if name not in known and _column(name) not in columns:
                 raise ArtifactError(
                     str(Path(folder) / ITEMS), f"does not say {name!r} of items", "Export the model again."
                 )
-        return cls(model, items.tensors["item_ids"].numpy(), columns, items.config["dense"])
+        return cls(model, ids, columns, items.config["dense"], features)
 
     @classmethod
     def load_checked(cls, folder: str | Path) -> Ranker:
@@ -155,6 +175,11 @@ class Ranker:
                 f"shape {request.dense.shape}",
                 f"Send {list(self.dense_names)}, each once or once per candidate.",
             )
+        asked = {} if self.features is None else self.features.asked
+        for name in request.features:
+            if name not in asked:
+                raise SidError(name, "no feature that a request states", f"It states {sorted(asked)}.")
+        self._encoded(request, self._events(request))
         wrong = ~np.isfinite(request.dense)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
@@ -191,9 +216,17 @@ class Ranker:
             return torch.from_numpy(np.concatenate(parts))
 
         places = joined([event.places for event in events])
+        own = [self._encoded(request, event) for request, event in zip(requests, events, strict=True)]
         features: dict[str, Bags] = {}
         for name in self.model.inputs.features:
-            if name == "history_action":
+            if own and name in own[0]:
+                found = concatenated([part[name] for part in own])
+                each = lengths if name.startswith("history") else ones
+                if isinstance(found, Jagged):
+                    features[name] = Bags(*(torch.from_numpy(np.array(part)) for part in found))
+                else:
+                    features[name] = Bags(torch.from_numpy(found), each)
+            elif name == "history_action":
                 features[name] = Bags(joined([event.actions for event in events]), lengths)
             elif name == "history_age":
                 features[name] = Bags(joined([event.ages for event in events]), lengths)
@@ -203,14 +236,38 @@ class Ranker:
                 features[name] = Bags(self._columns[_column(name)][items], ones)
         extras = {}
         for name in self.model.inputs.extras:
+            if own and name in own[0]:
+                rows = torch.from_numpy(np.asarray(concatenated([part[name] for part in own])))
+                extras[name] = rows if rows.dim() > 1 else rows.unsqueeze(1)
+                continue
             at = places if name.startswith("history") else items
             extras[name] = self._columns[_column(name)][at]
         dense = torch.from_numpy(np.concatenate([request.dense for request in requests]))
+        for name in () if self.features is None else self.features.numbers:
+            number = np.asarray(concatenated([part[name] for part in own]))
+            dense = torch.cat([dense, torch.from_numpy(number).unsqueeze(1)], dim=1)
         by_user = tuple(self._history)
         counts = torch.tensor(sizes) if by_user else None
         request = Request(dense, features, extras, dict(self.model.inputs.rows_of), counts, by_user)
         # Programs of earlier releases read a history for each candidate.
         return request if self.model.inputs.by_user else request.by_row()
+
+    def _encoded(self, request: RankRequest, events: _Events) -> dict[str, Array | Jagged]:
+        """The features of the specification for the candidates and the events that are kept."""
+        if self.features is None:
+            return {}
+        index = self._columns[""].numpy()
+        items = index[self._places(request.candidates)[0]]
+        found: dict[str, Array | Jagged] = {}
+        for key in self.features.keys:
+            given = request.features.get(key)
+            if key.startswith("history_"):
+                if self.history_length:
+                    past, count = index[events.places], len(request.history)
+                    found[key] = self.features.of_events(key, given, events.newest, past, count)
+            else:
+                found[key] = self.features.of_candidates(key, given, items)
+        return found
 
     def _places(self, ids: Array) -> tuple[Array, Array]:
         """Where the ids are in the columns, and which are there at all."""
@@ -225,7 +282,19 @@ class Ranker:
         then = request.times[newest]
         now = np.full(len(then), NO_TIME if request.now < 0 else request.now)
         ages = age_bucket(now, np.where(then < 0, NO_TIME, then))
-        return _Events(kept, places[newest], request.actions[newest], ages)
+        return _Events(kept, newest, places[newest], request.actions[newest], ages)
+
+
+def _index(own: pa.Array, ids: Array, index: Array) -> Array:
+    """Own ids -> dense indices, -1 where unknown; ``ids`` ascend, ``index`` belongs to them."""
+    if pa.types.is_integer(own.type):
+        wanted = own.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    else:
+        wanted = np.array(
+            [-1 if text is None else text_id(str(text)) for text in own.to_pylist()], np.int64
+        )
+    at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return np.where(ids[at] == wanted, index[at], -1)
 
 
 def _column(field: str) -> str:
@@ -235,6 +304,9 @@ def _column(field: str) -> str:
 
 class _Events(NamedTuple):
     kept: Array
+    """Events whose items the model knows."""
+    newest: Array
+    """Those of them that it reads."""
     places: Array
     actions: Array
     ages: Array

@@ -94,6 +94,8 @@ class ServedModel:
         self.folder = folder.path
         self.program_bytes = folder.files[PROGRAM].bytes
         """Size of the program with its weights."""
+        self.files = tuple(folder.files)
+        """Names in the folder."""
         self.manifest = manifest
         self.inputs = manifest.inputs
         self._program = program

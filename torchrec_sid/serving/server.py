@@ -4,9 +4,9 @@ The protocol is KServe's library; ours are what a request means, micro-batches, 
 model while it answers. The environment needs neither TorchRec nor TorchX (``requirements-serve.txt``).
 
 An inference request has the input ``candidates`` ``[n]``, optionally ``history``, ``history_action`` and
-``history_ts`` ``[m]`` and ``ts`` ``[1]`` (INT64), and every dense feature by its name, ``[1]`` or ``[n]``
-(FP32). The answer has ``candidates`` and ``scores``, in the order asked for, and the parameter
-``unknown_history``.
+``history_ts`` ``[m]`` and ``ts`` ``[1]`` (INT64), every dense feature by its name, ``[1]`` or ``[n]``
+(FP32), and features of the log's specification by theirs. The answer has ``candidates`` and ``scores``, in
+the order asked for, and the parameter ``unknown_history``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pyarrow as pa
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -38,6 +39,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, ge
 from torchrec_sid.errors import SidError
 from torchrec_sid.serving.batching import MicroBatcher, Overloaded, ServerConfig
 from torchrec_sid.serving.ranker import Ranked, Ranker, RankRequest
+from torchrec_sid.serving.served_features import is_number
 
 Array = np.ndarray[Any, Any]
 logger = logging.getLogger(__name__)
@@ -112,8 +114,12 @@ class RankingModel(Model):
             ("ts", 1),
         ]
         inputs = [{"name": name, "datatype": "INT64", "shape": [size]} for name, size in integers]
-        names = self.ranker.dense_names
-        return [*inputs, *({"name": name, "datatype": "FP32", "shape": [-1]} for name in names)]
+        kinds = dict.fromkeys(self.ranker.dense_names, "FP32")
+        if self.ranker.features is not None:
+            asked = self.ranker.features.asked.items()
+            kinds |= {name: "FP32" if is_number(feature) else "BYTES" for name, feature in asked}
+        further = [{"name": name, "datatype": kind, "shape": [-1]} for name, kind in kinds.items()]
+        return [*inputs, *further]
 
     def get_output_types(self) -> list[dict[str, Any]]:
         """Of the model's metadata."""
@@ -172,9 +178,10 @@ class RankingModel(Model):
         now = _integers(inputs["ts"]) if "ts" in inputs else np.array([-1])
         if len(now) != 1:
             raise SidError("ts", f"{len(now)} values", "Send one time per request.")
-        return RankRequest(
-            candidates, history, actions, times, int(now[0]), self._dense(inputs, len(candidates))
-        )
+        asked = () if self.ranker.features is None else self.ranker.features.asked
+        features = {name: _column(inputs[name]) for name in asked if name in inputs}
+        dense = self._dense(inputs, len(candidates))
+        return RankRequest(candidates, history, actions, times, int(now[0]), dense, features)
 
     def _dense(self, inputs: dict[str, InferInput], rows: int) -> Array:
         columns = []
@@ -279,6 +286,19 @@ async def _start_grpc(config: ServerConfig, plane: DataPlane, models: ModelRepos
         raise SidError("grpc_port", f"{address} is taken", "Choose another --grpc_port.") from error
     await rpc.start()
     return rpc
+
+
+def _column(part: InferInput) -> pa.Array:
+    """A feature as its owner writes it: texts, or numbers of any type."""
+    values = np.asarray(part.as_numpy())
+    if values.ndim != 1:
+        raise SidError(part.name, f"shape {values.shape}", "Send one dimension.")
+    if values.dtype.kind not in "OSU":
+        return pa.array(values)
+    try:
+        return pa.array([v.decode() if isinstance(v, bytes) else v for v in values.tolist()], pa.string())
+    except (UnicodeDecodeError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SidError(part.name, str(error).splitlines()[0], "Send texts in UTF-8, or numbers.") from error
 
 
 def _integers(part: InferInput) -> Array:
