@@ -17,7 +17,7 @@ from torchrec_sid.artifact import write_json
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.quantizers import CategorySource, EmbeddingSource, Quantizer, VqFusion
-from torchrec_sid.quantizers.fusion.source_rows import FusionData
+from torchrec_sid.quantizers.fusion.source_rows import FusionData, SparseShares
 from torchrec_sid.streams import EmbeddingStream
 
 Array = np.ndarray[Any, Any]
@@ -153,13 +153,13 @@ class ItemContent:
         for name in self.embeddings:
             has |= self.folder.source(name).present
         for column in self.classes.names:
-            has |= self._shares(column).any(1)
+            has |= self._shares(column).present.numpy()
         return has
 
     def missing(self) -> dict[str, int]:
         """By source, how many items lack it; under ``any`` those that lack all of them."""
         counts = {name: int((~self.folder.source(name).present).sum()) for name in self.embeddings}
-        counts |= {c: int((~self._shares(c).any(1)).sum()) for c in self.classes.names}
+        counts |= {c: int((~self._shares(c).present).sum()) for c in self.classes.names}
         return {**counts, "any": int((~self.present).sum())}
 
     def data(self, rows: Array) -> Any:
@@ -179,8 +179,8 @@ class ItemContent:
             values[name] = source.matrix if rows.all() else source.matrix[rows]
             present[name] = source.present[rows]
         for column in self.classes.names:
-            shares = self._shares(column)[rows]
-            values[column], present[column] = shares, shares.any(1)
+            values[column] = self._shares(column, rows)
+            present[column] = values[column].present
         return FusionData(values, self.shape, present)
 
     def take(self, rows: Tensor) -> Tensor:
@@ -200,8 +200,15 @@ class ItemContent:
 
         Items without one are a class of their own.
         """
-        shares = self.folder.category(column, separator).probabilities
-        return torch.from_numpy(np.where(shares.any(1), shares.argmax(1), shares.shape[1]))
+        category = self.folder.category(column, separator)
+        lengths = np.diff(category.offsets)
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        # The greatest share of each item comes first, of equal ones the first class.
+        order = np.lexsort((category.classes, -category.shares, owner))
+        label = np.full(len(lengths), len(category.names))
+        has = lengths > 0
+        label[has] = category.classes[order[category.offsets[:-1][has]]]
+        return torch.from_numpy(label)
 
     def _stream(self, rows: Array) -> EmbeddingStream:
         source = self.folder.source(self.embeddings[0])
@@ -222,12 +229,21 @@ class ItemContent:
 
         return EmbeddingStream(start, stream.dim, int(rows.sum()), stream.name)
 
-    def _shares(self, column: str) -> Array:
-        """``[N, classes]``: values that are not among the classes count as missing."""
-        names = self.classes.names[column]
+    def _shares(self, column: str, rows: Array | None = None) -> SparseShares:
+        """Of all items, or of those chosen by ``rows`` ``[N]`` bool: values that are not among the classes
+        count as missing, and the others share what is left."""
+        names = {name: number for number, name in enumerate(self.classes.names[column])}
         category = self.folder.category(column, self.classes.separator)
-        shares = np.zeros((len(self.folder), len(names)), np.float32)
-        for mine, name in enumerate(category.names):
-            if name in names:
-                shares[:, names.index(name)] = category.probabilities[:, mine]
-        return shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-6)
+        theirs = np.array([names.get(name, -1) for name in category.names], np.int64)
+        owner = np.repeat(np.arange(len(self.folder)), np.diff(category.offsets))
+        classes, kept = theirs[category.classes], theirs[category.classes] >= 0
+        if rows is not None:
+            kept &= rows[owner]
+            owner = (np.cumsum(rows) - 1)[owner]
+        items = len(self.folder) if rows is None else int(rows.sum())
+        owner, classes, shares = owner[kept], classes[kept], category.shares[kept]
+        totals = np.bincount(owner, shares, minlength=items)
+        shares = (shares / np.maximum(totals[owner], 1e-6)).astype(np.float32)
+        offsets = np.append(0, np.cumsum(np.bincount(owner, minlength=items)))
+        parts = (torch.from_numpy(part) for part in (offsets, classes, shares))
+        return SparseShares(*parts, len(names))

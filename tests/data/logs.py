@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchrec_sid.data import HistoryStore, PreparedLog
+from torchrec_sid.data.schema import Category
 
 SPLITS = ("train", "valid", "test")
 
@@ -105,3 +106,11 @@ def true_dense(
     liked = sum(events["label"][other] for other in past)
     gap = events["ts"][row] - events["ts"][past[-1]] if past else 0
     return math.log1p(len(past)), (liked + 1) / (len(past) + 2), math.log1p(gap)
+
+
+def distributions(category: Category) -> tuple[tuple[str, ...], np.ndarray[Any, Any]]:
+    """The classes, and ``[N, classes]`` shares with their zeros."""
+    out = np.zeros((len(category.offsets) - 1, len(category.names)), np.float32)
+    owner = np.repeat(np.arange(len(out)), np.diff(category.offsets))
+    out[owner, category.classes] = category.shares
+    return category.names, out

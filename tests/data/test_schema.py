@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.data.logs import all_examples, random_events, write_log
+from tests.data.logs import all_examples, distributions, random_events, write_log
 from torchrec_sid.data import LogFolder, NegativeSampling, PrepareConfig, prepare
 from torchrec_sid.data.schema import ItemIndex
 from torchrec_sid.errors import SidError
+from torchrec_sid.item_content import ItemContent
 
 EVENTS = random_events(60)
 
@@ -118,13 +120,55 @@ def test_categories_as_distributions(tmp_path: Path) -> None:
     folder = LogFolder.open(
         write_log(tmp_path, EVENTS, item_columns={"genres": genres, "size": list(range(20))})
     )
-    names, probabilities = folder.category("genres", separator=", ")
+    names, probabilities = distributions(folder.category("genres", separator=", "))
     assert names == ("comedy", "drama", "war")
     assert probabilities[:4].tolist() == [[0, 0.5, 0.5], [0, 0, 1], [0, 0, 0], [1, 0, 0]]
     assert folder.category("genres").names == ("comedy", "drama, war", "war")
-    assert folder.category("size").probabilities.shape == (20, 20)
+    assert distributions(folder.category("size"))[1].shape == (20, 20)
     with pytest.raises(SidError, match="no column 'colour'"):
         folder.category("colour")
+
+
+def test_categories_of_every_type_are_trimmed_and_missing_where_missing(tmp_path: Path) -> None:
+    columns = {
+        "lists": [["war ", "drama"], [], None, [" war", None]] * 5,
+        "text": [" war", "war  | war |drama", None, "  "] * 5,
+        "real": [1.0, float("nan"), None, 2.0] * 5,
+        "codes": pa.array(["x", None, "y", "x"] * 5).dictionary_encode(),
+        "flags": [True, False, None, True] * 5,
+    }
+    folder = LogFolder.open(write_log(tmp_path, EVENTS, item_columns=columns))
+
+    def of(name: str, separator: str | None = None) -> tuple[object, object]:
+        names, shares = distributions(folder.category(name, separator))
+        return names, shares[:4].tolist()
+
+    third, rest = pytest.approx(1 / 3, abs=1e-7), pytest.approx(2 / 3, abs=1e-7)
+    assert of("lists") == (("drama", "war"), [[0.5, 0.5], [0, 0], [0, 0], [0, 1]])
+    assert of("text", "|") == (("drama", "war"), [[0, 1], [third, rest], [0, 0], [0, 0]])
+    assert of("real")[1] == [[1, 0], [0, 0], [0, 0], [0, 1]]
+    assert of("codes") == (("x", "y"), [[1, 0], [0, 0], [0, 1], [1, 0]])
+    assert of("flags") == (("false", "true"), [[0, 1], [1, 0], [0, 0], [0, 1]])
+
+
+def test_a_hundred_thousand_classes_take_the_memory_of_their_values(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    n, classes = 200_000, 100_000
+    values = random.integers(0, classes, n)
+    folder = write_log(tmp_path, EVENTS, items=range(100, 100 + n), item_columns={"shop": values}, dim=1)
+    tracemalloc.start()
+    found = LogFolder.open(folder).category("shop")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * 2**20, "dense it would be 75 GiB"
+    content = ItemContent.choose(folder, fuses=True, categories=("shop",))
+    data = content.data(np.arange(n) < 10_000)
+    shares = content.shape["shop"]
+    assert shares.classes == len(found.names) == len(np.unique(values))
+    first = next(iter(data))
+    assert first.shape[1] == 1 + shares.classes + 2 and len(first) < 1_000
+    assert [found.names[int(c)] for c in first[:5, 1:-2].argmax(1)] == [str(v) for v in values[:5]]
+    assert content.label("shop", None)[:5].tolist() == found.classes[:5].tolist()
 
 
 def test_every_public_log_opens_and_prepares(shared_data: Path, tmp_path: Path) -> None:

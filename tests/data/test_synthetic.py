@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch import from_numpy
 
+from tests.data.logs import distributions
 from torchrec_sid.data import (
     LogFolder,
     PrepareConfig,
@@ -62,7 +63,7 @@ def test_is_the_documented_format(folder: LogFolder) -> None:
     assert folder.item_ids[0] == FIRST_ITEM_ID and folder.default_source == "content"
     folder.validate()
     assert folder.texts([7])[0].startswith("topic ")
-    names, probabilities = folder.category("category")
+    names, probabilities = distributions(folder.category("category"))
     assert len(names) == 8 and (probabilities.sum(1) == 1).all()
     topic = folder.item_column("topic").to_numpy()
     agree = np.mean(

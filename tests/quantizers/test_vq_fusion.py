@@ -27,7 +27,7 @@ from torchrec_sid.quantizers import (
 )
 from torchrec_sid.quantizers.fusion.fusion_model import FusionModel
 from torchrec_sid.quantizers.fusion.heads import info_nce, source_errors
-from torchrec_sid.quantizers.fusion.source_rows import FusionData
+from torchrec_sid.quantizers.fusion.source_rows import FusionData, SparseShares
 from torchrec_sid.quantizers.fusion.sources import FusionInputs, SourcePart
 
 SOURCES = {"text": EmbeddingSource(12), "image": EmbeddingSource(8), "kind": CategorySource(6)}
@@ -567,3 +567,20 @@ def test_an_artefact_of_the_first_layout_opens_and_keeps_its_fingerprint(tmp_pat
     assert (
         fusion.save(tmp_path / "new.safetensors") == VqFusion.load(tmp_path / "new.safetensors").fingerprint
     )
+
+
+def test_sparse_categories_are_the_dense_ones_without_their_zeros() -> None:
+    generator = torch.Generator().manual_seed(3)
+    dense = torch.rand(50, 7, generator=generator) * (torch.rand(50, 7, generator=generator) < 0.4)
+    present = dense.any(1)
+    dense[present] /= dense[present].sum(1, keepdim=True)
+    row, member = dense.nonzero(as_tuple=True)
+    offsets = torch.nn.functional.pad(torch.bincount(row, minlength=50).cumsum(0), (1, 0))
+    sparse = SparseShares(offsets, member, dense[row, member], 7)
+    assert (~present).any() and torch.equal(sparse.present, present) and sparse.shape == (50, 7)
+    sources = {"text": EmbeddingSource(3), "kind": CategorySource(7)}
+    text, flags = torch.randn(50, 3, generator=generator), {"kind": present}
+    rows = [FusionData({"text": text, "kind": kind}, sources, flags) for kind in (dense, sparse)]
+    assert torch.equal(torch.cat(list(rows[0])), torch.cat(list(rows[1])))
+    index = torch.tensor([9, 0, 49, 9])
+    assert torch.equal(rows[0].gather(index), rows[1].gather(index))

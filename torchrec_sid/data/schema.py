@@ -61,8 +61,12 @@ class Category(NamedTuple):
 
     names: tuple[str, ...]
     """The C values, sorted."""
-    probabilities: Array
-    """``[N, C]`` float32: rows sum to 1; several values share it equally; all 0 where there is none."""
+    offsets: Array
+    """``[N + 1]`` int64: item i has the values ``offsets[i]`` to ``offsets[i + 1]``, or none."""
+    classes: Array
+    """``[values]`` int64: positions in ``names``, ascending within an item."""
+    shares: Array
+    """``[values]`` float32: those of an item sum to 1; several values share it equally."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +231,10 @@ class LogFolder:
         return [str(value or "") for value in chosen.to_pylist()]
 
     def category(self, name: str, separator: str | None = None) -> Category:
-        """A category column as class distributions.
+        """A category column as class distributions, without their zeros.
 
         Args:
-            name: a text or integer column of items.parquet.
+            name: a column of items.parquet: text, integers, truth values, or lists of them.
             separator: what stands between several values of one item, e.g. ``", "``.
 
         Raises:
@@ -247,10 +251,13 @@ class LogFolder:
         rank = np.full(len(names), -1)
         rank[order] = np.arange(len(order))
         codes = rank[encoded.indices.to_numpy()]
-        out = np.zeros((len(self), len(order)), np.float32)
-        np.add.at(out, (items[codes >= 0], codes[codes >= 0]), 1.0)
-        out /= np.maximum(out.sum(1, keepdims=True), 1.0)
-        return Category(tuple(names[order].tolist()), out)
+        known = codes >= 0
+        pairs, counts = np.unique(items[known] * len(order) + codes[known], return_counts=True)
+        owner, classes = np.divmod(pairs, max(len(order), 1))
+        offsets = np.append(0, np.cumsum(np.bincount(owner, minlength=len(self))))
+        totals = np.bincount(owner, counts, minlength=len(self))
+        shares = (counts / totals[owner]).astype(np.float32)
+        return Category(tuple(names[order].tolist()), offsets, classes, shares)
 
     def cold_holdout(self) -> Array | None:
         """``[N]`` int8 hold-out group (0 none, 1 released with valid, 2 with test), or None without one.

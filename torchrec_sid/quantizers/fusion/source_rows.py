@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,56 @@ from torchrec_sid.quantizers.fusion.sources import CategorySource, Source
 from torchrec_sid.streams import EmbeddingStream, check_batch, open_stream
 
 _ROWS = 8192
+_ELEMENTS = 1 << 26
+"""Of a batch, at most: sources with many columns come in batches of fewer rows."""
+
+
+@dataclass(frozen=True)
+class SparseShares:
+    """Distributions over many classes, of which each row has few: ``[N, classes]`` without its zeros.
+
+    A row without a value is one of zeros; its flag in ``present`` says that it is missing.
+    """
+
+    offsets: Tensor
+    """``[N + 1]`` int64: row i has the values ``offsets[i]`` to ``offsets[i + 1]``."""
+    members: Tensor
+    """``[values]`` int64, classes, each once in a row."""
+    shares: Tensor
+    """``[values]`` float32, above 0; those of a row sum to 1."""
+    classes: int
+
+    ndim = 2
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, classes)``."""
+        return len(self), self.classes
+
+    @property
+    def present(self) -> Tensor:
+        """``[N]`` bool: whether a row has a value."""
+        return self.offsets.diff() > 0
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """The rows ``[n, classes]`` float32, zeros included."""
+        index = torch.arange(len(self))[rows]
+        begin, lengths = self.offsets[index], self.offsets.diff()[index]
+        owner = torch.repeat_interleave(torch.arange(len(index)), lengths)
+        first = lengths.cumsum(0) - lengths
+        at = torch.arange(len(owner)) - first[owner] + begin[owner]
+        dense = torch.zeros(len(index), self.classes)
+        dense[owner, self.members[at]] = self.shares[at]
+        return dense
 
 
 class _Opened(NamedTuple):
     name: str
     source: Source
-    data: Tensor | np.ndarray[Any, Any] | EmbeddingStream
+    data: Tensor | np.ndarray[Any, Any] | SparseShares | EmbeddingStream
     present: Tensor | None  # [N] bool
 
     def rows(self) -> int | None:
@@ -33,7 +78,8 @@ class FusionData:
     Args:
         data: by source name. An embedding is anything
             :func:`~torchrec_sid.streams.open_stream` takes; a category ``[N]`` integers (-1 is
-            missing) or ``[N, classes]`` probabilities, as tensor, array or ``.npy`` file.
+            missing) or ``[N, classes]`` probabilities, as tensor, array, ``.npy`` file or
+            :class:`SparseShares`.
         sources: what the columns mean.
         present: by source name ``[N]`` bool, where rows of that source are missing; their values are
             ignored, but must be finite. A source left out of ``data`` is missing everywhere.
@@ -84,7 +130,8 @@ class FusionData:
         for name, opened in self._opened.items():
             if isinstance(opened.data, EmbeddingStream):
                 raise SidError(f"source {name!r}", "a stream", "Pairs need tensors, arrays or .npy files.")
-            picked = opened.data[index] if isinstance(opened.data, Tensor) else opened.data[index.numpy()]
+            whole = opened.data
+            picked = whole[index.numpy()] if isinstance(whole, np.ndarray) else whole[index]
             present = None if opened.present is None else opened.present[index]
             pieces[name] = _values(opened, torch.as_tensor(picked), present, 0)
         return self._join(pieces, 0)
@@ -114,7 +161,7 @@ def _open(name: str, source: Source, data: Any, present: Any) -> _Opened:
     if isinstance(data, (str, Path)) and Path(data).suffix == ".npy" and Path(data).is_file():
         data = np.load(data, mmap_mode="r")
     if isinstance(source, CategorySource):
-        if not isinstance(data, (Tensor, np.ndarray)):
+        if not isinstance(data, (Tensor, np.ndarray, SparseShares)):
             raise SidError(
                 f"source {name!r}", f"a {type(data).__name__}", "Pass a tensor, an array or a .npy file."
             )
@@ -157,9 +204,11 @@ def _batches(opened: _Opened) -> Iterator[Tensor]:
         begin += len(batch)
 
 
-def _slices(data: Tensor | np.ndarray[Any, Any]) -> Iterator[Tensor]:
-    for begin in range(0, len(data), _ROWS):
-        piece = data[begin : begin + _ROWS]
+def _slices(data: Tensor | np.ndarray[Any, Any] | SparseShares) -> Iterator[Tensor]:
+    width = data.shape[1] if data.ndim == 2 else 1
+    rows = max(1, min(_ROWS, _ELEMENTS // width))
+    for begin in range(0, len(data), rows):
+        piece = data[begin : begin + rows]
         yield piece if isinstance(piece, Tensor) else torch.from_numpy(np.array(piece))
 
 
