@@ -150,6 +150,10 @@ class DuckEngine:
 
     def microseconds(self, column: Any) -> Any:
         """See :class:`Engine`."""
+        kind = column.type()
+        if kind.is_timestamp() and kind.scale == 9 and kind.timezone:
+            # Nanoseconds with a zone are no argument of epoch_us; the session's zone is UTC.
+            column = column.cast("timestamp(9)")
         return _epoch_us(column)
 
     def close(self) -> None:

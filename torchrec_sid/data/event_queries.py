@@ -236,8 +236,9 @@ def whole_number(column: Any) -> Any:
     if kind.is_integer() or kind.is_decimal():
         whole = column.try_cast("int64")
         return ibis.ifelse(whole.cast(kind) == column, whole, ibis.null("int64"))
-    in_range = (column.abs() < 2.0**62) & (column == column.floor())
-    return ibis.ifelse(in_range, column, ibis.null(kind)).cast("int64")
+    # Engines may compute both branches: nothing here fails on NaN or on what has no place in int64.
+    whole = (column.abs() < 2.0**62) & (column % 1 == 0)
+    return ibis.ifelse(whole, column, ibis.null(kind)).try_cast("int64")
 
 
 def _seconds(column: Any, source: ParquetTable, columns: EventColumns, engine: Engine) -> Any:
@@ -254,8 +255,10 @@ def _seconds(column: Any, source: ParquetTable, columns: EventColumns, engine: E
         # What is below 0 is no time, or unknown: it stays what it is.
         return whole if unit == 1 else ibis.ifelse(whole < 0, whole, whole // unit).cast("int64")
     value = column.cast("float64")
-    value = value if unit == 1 else ibis.ifelse(value < 0, value, value / unit)
-    return ibis.ifelse(value.abs() < 2.0**62, value.floor(), ibis.null("float64")).cast("int64")
+    second = value if unit == 1 else value / unit
+    # -1 is unknown, what else is below 0 is refused.
+    whole = ibis.cases((value == -1, -1.0), (value < 0, -2.0), else_=second - second % 1)
+    return ibis.ifelse(whole.abs() < 2.0**62, whole, ibis.null("float64")).try_cast("int64")
 
 
 def _split_number(column: Any) -> Any:
