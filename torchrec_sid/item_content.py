@@ -245,5 +245,6 @@ class ItemContent:
         totals = np.bincount(owner, shares, minlength=items)
         shares = (shares / np.maximum(totals[owner], 1e-6)).astype(np.float32)
         offsets = np.append(0, np.cumsum(np.bincount(owner, minlength=items)))
-        parts = (torch.from_numpy(part) for part in (offsets, classes, shares))
-        return SparseShares(*parts, len(names))
+        return SparseShares(
+            torch.from_numpy(offsets), torch.from_numpy(classes), torch.from_numpy(shares), len(names)
+        )
