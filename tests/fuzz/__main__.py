@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.target import Target
+from tests.fuzz.targets import TARGETS
 from torchrec_sid.errors import SidError
 
 SECONDS, GIBIBYTES = 10, 2

@@ -18,6 +18,8 @@ from torch import nn
 
 from tests.earlier import ARTEFACTS
 from tests.fuzz.change import change_bytes, change_tensor, change_value
+from tests.fuzz.log_targets import Log, SpecificationFile
+from tests.fuzz.target import Target
 from torchrec_sid.artifact import load_artifact, record_file, save_artifact, sealed
 from torchrec_sid.catalog import SidCatalog
 from torchrec_sid.parallel.checkpoint import CheckpointManager
@@ -31,30 +33,6 @@ from torchrec_sid.tables.sentencepiece.pieces import SidPieces
 
 SPEC = SidSpec((8, 3, 4))
 MARK = "ab" * 32
-
-
-class Target:
-    """A reader under test.
-
-    Args:
-        home: folder for the good artefact; ``case`` below it is where the changed copy lies.
-    """
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.case = home, home / "case"
-        self.make()
-
-    def make(self) -> None:
-        """Make the good artefact."""
-        raise NotImplementedError
-
-    def change(self, chance: random.Random) -> bool:
-        """Write a changed copy. Whether what changed was sealed and not sealed anew: it must be refused."""
-        raise NotImplementedError
-
-    def read(self) -> str | None:
-        """Open the changed copy; what is wrong with what it gives, None if all is well."""
-        raise NotImplementedError
 
 
 class Catalog(Target):
@@ -288,4 +266,6 @@ TARGETS: dict[str, type[Target]] = {
     "checkpoint": Checkpoint,
     "program": Program,
     "planner": Planner,
+    "log": Log,
+    "specification": SpecificationFile,
 }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
@@ -145,12 +146,7 @@ class SealedFolder:
         """
         where = f"{self.path}/{name}"
         with self.open(name) as file:
-            try:
-                path = same_path(file)
-                mode: Literal["r"] | None = None if path is None else "r"
-                array: NDArray[Any] = np.load(path or file, mmap_mode=mode, allow_pickle=False)
-            except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
-                raise ArtifactError(where, f"cannot be read ({error})", sealed.AGAIN) from error
+            array = read_array(file, where)
         fits = len(array.shape) == len(shape) and all(
             want is None or want == size for want, size in zip(shape, array.shape, strict=True)
         )
@@ -416,6 +412,22 @@ def read_tensors(file: BinaryIO, where: str) -> dict[str, Tensor]:
         raise ArtifactError(
             where, f"not a complete safetensors file ({error})", "Copy or make it again."
         ) from error
+
+
+def read_array(file: BinaryIO, where: str, remedy: str = sealed.AGAIN) -> NDArray[Any]:
+    """An open ``.npy`` file: memory-mapped where it has a path, else read.
+
+    Raises:
+        ArtifactError: it is not one, or holds objects.
+    """
+    path = same_path(file)
+    mode: Literal["r"] | None = None if path is None else "r"
+    try:
+        array: NDArray[Any] = np.load(path or file, mmap_mode=mode, allow_pickle=False)
+    # Its header is read as Python's text, with the errors of that.
+    except (ValueError, EOFError, OSError, SyntaxError, TokenError, MemoryError, RecursionError) as error:
+        raise ArtifactError(where, f"cannot be read ({error})", remedy) from error
+    return array
 
 
 def hash_stream(file: BinaryIO) -> str:

@@ -195,7 +195,8 @@ def open_member(folder: Place, name: str) -> BinaryIO:
     try:
         handle = _descend(folder, parts)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not Path(path).is_symlink():
+        linked = any(folder.joinpath(*parts[:n]).is_symlink() for n in range(1, len(parts) + 1))
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not linked:
             raise _missing(path) from error
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise ArtifactError(

@@ -79,11 +79,15 @@ class BlockReader:
         number, group = divmod(block, BLOCKS_PER_FILE)
         path = part_path(self.folder, number)
         try:
-            return self._file(number, path).read_row_group(group, columns=columns, use_threads=False)
+            table = self._file(number, path).read_row_group(group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise ArtifactError(
                 str(path), f"block {group} cannot be read ({error})", "Prepare the log again."
             ) from error
+        missing = [name for name in columns if name not in table.column_names]
+        if missing:
+            raise ArtifactError(str(path), f"has no column {missing[0]!r}", "Prepare the log again.")
+        return table
 
     def _file(self, number: int, path: Path) -> pq.ParquetFile:
         if number in self._open:

@@ -9,12 +9,15 @@ from typing import Any, Self
 
 import numpy as np
 
+from torchrec_sid.artifact import read_array
 from torchrec_sid.data.appender import NpyAppender
 from torchrec_sid.data.encoding import Jagged
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.errors import ArtifactError
 
 _COLUMNS = {"item": np.int32, "ts": np.int64, "action": np.int8}
+_ARRAYS: dict[str, Any] = {**_COLUMNS, "user": np.int64, "offsets": np.int64}
+AGAIN = "Prepare the log again."
 
 
 class StoreWriter:
@@ -111,9 +114,9 @@ class HistoryStore:
         arrays = [_mapped(folder, name) for name in (*_COLUMNS, "user", "offsets")]
         item, ts, action, user, offsets = arrays
         if len({len(item), len(ts), len(action)}) > 1 or len(offsets) != len(user) + 1:
-            raise ArtifactError(str(folder), "its files disagree in length", "Prepare the log again.")
-        if int(offsets[-1]) > len(item):
-            raise ArtifactError(str(folder), "its files disagree in length", "Prepare the log again.")
+            raise ArtifactError(str(folder), "its files disagree in length", AGAIN)
+        if int(offsets[-1]) > len(item) or int(offsets[0]) < 0 or (np.diff(offsets) < 0).any():
+            raise ArtifactError(str(folder), "its files disagree in length", AGAIN)
         return cls(item, ts, action, user, offsets, folder)
 
     def feature(self, key: str) -> Array | Jagged:
@@ -133,9 +136,11 @@ class HistoryStore:
 
 
 def _mapped(folder: Path, name: str) -> Any:
-    try:
-        return np.load(folder / f"{name}.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise ArtifactError(
-            str(folder), f"not a complete store ({error})", "Prepare the log again."
-        ) from error
+    where = folder / f"{name}.npy"
+    if not where.is_file():
+        raise ArtifactError(str(folder), f"not a complete store (no {where.name})", AGAIN)
+    with where.open("rb") as file:
+        array = read_array(file, str(where), AGAIN)
+    if name in _ARRAYS and (array.dtype != _ARRAYS[name] or array.ndim != 1):
+        raise ArtifactError(str(where), f"holds {array.dtype} of shape {array.shape}", AGAIN)
+    return array

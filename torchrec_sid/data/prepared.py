@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_sid.artifact import Contents, SealedFolder, open_folder
+from torchrec_sid.artifact import Contents, SealedFolder, open_folder, read_array
+from torchrec_sid.artifact.sealed import is_hash
 from torchrec_sid.data.encoding import Jagged, table_of
 from torchrec_sid.data.examples import SEGMENTS, SPLITS
 from torchrec_sid.data.history_store import HistoryStore
@@ -25,6 +26,7 @@ MANIFEST = "manifest.json"
 KIND = "prepared_log"
 LAYOUT_VERSION = 3
 AGAIN = "Prepare the log again."
+_OF_ITEMS: dict[str, Any] = {"id": np.int64, "train_events": np.int64, "segment": np.int8}
 
 
 def bucket_name(bucket: int) -> str:
@@ -60,6 +62,8 @@ class PreparedLog:
                 f"has layout version {folder.version}, this release reads {LAYOUT_VERSION}",
                 f"{AGAIN} It is made of the log alone.",
             )
+        if (odd := _contradiction(folder.config)) is not None:
+            raise ArtifactError(f"{path}/{MANIFEST}", f"is damaged: {odd}", AGAIN)
         return cls(Path(path), folder.config)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,11 +190,15 @@ class PreparedLog:
         return self._array(folder, key)
 
     def _array(self, folder: str, name: str) -> Array:
-        file = self.path / folder / f"{name}.npy"
-        try:
-            values: Array = np.load(file, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise ArtifactError(str(file), f"cannot be read ({error})", AGAIN) from error
+        path = self.path / folder / f"{name}.npy"
+        if not path.is_file():
+            raise ArtifactError(str(path), "no such file", AGAIN)
+        with path.open("rb") as file:
+            values: Array = read_array(file, str(path), AGAIN)
+        wanted = _OF_ITEMS.get(name) if folder == "items" else None
+        if wanted is not None and (values.dtype != wanted or values.shape != (self.items,)):
+            found = f"holds {values.dtype} of shape {values.shape} for {self.items} items"
+            raise ArtifactError(str(path), found, AGAIN)
         return values
 
     def _keys(self, folder: str, column: str) -> pa.Array:
@@ -202,6 +210,25 @@ class PreparedLog:
             return pq.read_table(file)
         except (pa.ArrowException, OSError) as error:
             raise ArtifactError(str(file), f"cannot be read ({error})", AGAIN) from error
+
+
+def _contradiction(config: dict[str, Any]) -> str | None:
+    """What in a manifest is not of a prepared log; None if all is."""
+    for name in ("items", "buckets", "actions", "block_rows"):
+        if type(config.get(name)) is not int or config[name] < 1:
+            return f"{name} is {str(config.get(name))[:80]!r}"
+    dense, splits = config.get("dense"), config.get("splits")
+    if not isinstance(dense, list) or not all(isinstance(name, str) for name in dense):
+        return "dense is no list of names"
+    if not isinstance(splits, dict) or not is_hash(config.get("fingerprint")):
+        return "splits or fingerprint are missing"
+    for split in SPLITS:
+        counts = splits.get(split)
+        parts: Any = counts.get("buckets") if isinstance(counts, dict) else None
+        whole = isinstance(parts, list) and all(type(rows) is int and rows >= 0 for rows in parts)
+        if not whole or len(parts) != config["buckets"] or sum(parts) != counts["rows"]:
+            return f"the rows of split {split!r}"
+    return None
 
 
 def open_prepared(path: str | Path, verify: bool = False) -> SealedFolder:

@@ -28,7 +28,7 @@ from torchrec_sid.data.example_features import (
 )
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.prepared import PreparedLog
-from torchrec_sid.errors import SidError
+from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.hashing import uniform
 
 
@@ -249,17 +249,22 @@ class _BatchSource(Dataset[Any]):
         begin, stop = _plain(padded["hist_begin"]), _plain(padded["hist_end"])
         if config.history_length is not None:
             begin = np.maximum(begin, stop - config.history_length)
+        store = self.log.bucket_store(bucket)
+        self._check("hist_begin", begin, 0, stop)
+        self._check("hist_end", stop, 0, len(store.item))
         seen = lengths = stop - begin
         requests = None
         if config.by_request:
             requests = shared_histories(begin, stop, _plain(padded["ts"]))
             lengths = np.zeros_like(seen)
             lengths[requests.request_row] = seen[requests.request_row]
-        store = self.log.bucket_store(bucket)
         wanted = {name for name in config.fields if name.startswith("history")}
         at = ranges(begin, lengths) if wanted else np.empty(0, np.int64)
         events = store.item[at] if wanted - {"history_action", "history_age"} else at
+        if events is not at:
+            self._check("history", events, 0, self.log.items - 1)
         item = _plain(padded["item"]).astype(np.int64)
+        self._check("item", item, 0, self.log.items - 1)
         where = Gathered(padded, item, at, events, store)
         weights = np.zeros(size, np.float32)
         weights[:count] = _plain(rows["weight"]) if "weight" in rows else 1
@@ -284,6 +289,13 @@ class _BatchSource(Dataset[Any]):
             out[f"field_{name}"] = found
         return out
 
+    def _check(self, name: str, values: Array, low: Any, high: Any) -> None:
+        """Refuse what would read rows of others, or none, if the log were damaged."""
+        if len(values) and bool(((values < low) | (values > high)).any()):
+            raise ArtifactError(
+                f"{self.log.path}, {self.split}", f"{name} outside its bounds", "Prepare the log again."
+            )
+
     def _dense(self, where: Gathered) -> Array:
         numbers = [_plain(where.columns[name]) for name in self.log.dense_names]
         numbers += [_plain(gather(self.log, key, where)) for key in self.numbers]
@@ -306,7 +318,9 @@ class _BatchSource(Dataset[Any]):
         if name == "history":
             return where.events.astype(np.int64)
         if name == "history_action":
-            return where.store.action[where.at].astype(np.int64)
+            actions = where.store.action[where.at].astype(np.int64)
+            self._check(name, actions, 0, self.log.actions - 1)
+            return actions
         if name == "history_age":
             return age_bucket(ages, where.store.ts[where.at])
         of_item = name.startswith("item")

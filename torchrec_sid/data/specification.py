@@ -336,8 +336,8 @@ def _read_features(body: Any) -> Iterable[Feature]:
             at = f"features.{source}.{name}"
             values = dict(_mapping(entry or {}, at))
             kind = values.pop("kind", "categorical")
-            if kind not in KINDS:
-                raise MismatchError(f"{at}.kind", repr(kind), _choose(kind, KINDS))
+            if not isinstance(kind, str) or kind not in KINDS:
+                raise MismatchError(f"{at}.kind", repr(kind), _choose(str(kind), KINDS))
             yield _named(KINDS[kind], name, values, at, source=source)
 
 
@@ -363,7 +363,7 @@ def _known(values: Mapping[Any, Any], names: Iterable[str], at: str) -> None:
 
 
 def _choose(found: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(found, list(names), 1)
+    near = difflib.get_close_matches(str(found), list(names), 1)  # YAML has numbers for names too
     return f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(names)}."
 
 
