@@ -253,3 +253,21 @@ def test_taken_rows_are_those_rows():
     pieces = events["bytes"].split(request.features["history"].lengths.tolist())
     assert torch.equal(with_events.extras["bytes"], torch.cat([pieces[4], pieces[1]]))
     assert isinstance(taken.features["user"], Bags)
+
+
+class Halves(nn.Module):
+    """Not a number where the first dense feature is above a half."""
+
+    def forward(self, dense, features, **extras):
+        logits = dense.sum(1) + features.lengths().sum()
+        return torch.where(dense[:, 0] > 0.5, logits * torch.nan, logits)
+
+
+def test_a_program_that_answers_with_no_number_is_refused(tmp_path):
+    request = make_request(8)
+    nothing = request._replace(dense=request.dense * 0)
+    request.dense[:, 0] = 1
+    with pytest.raises(SidError, match="differs from the model by nan"):
+        export_model(Halves(), request, tmp_path / "served", max_lengths=HISTORY)
+    assert not (tmp_path / "served").exists()
+    assert export_model(Halves(), nothing, tmp_path / "served", max_lengths=HISTORY).difference == 0

@@ -223,10 +223,10 @@ def _contradiction(config: dict[str, Any]) -> str | None:
     if not isinstance(splits, dict) or not is_hash(config.get("fingerprint")):
         return "splits or fingerprint are missing"
     for split in SPLITS:
-        counts = splits.get(split)
-        parts: Any = counts.get("buckets") if isinstance(counts, dict) else None
+        counts: Any = splits.get(split)
+        parts: Any = counts["buckets"] if isinstance(counts, dict) and "buckets" in counts else None
         whole = isinstance(parts, list) and all(type(rows) is int and rows >= 0 for rows in parts)
-        if not whole or len(parts) != config["buckets"] or sum(parts) != counts["rows"]:
+        if not whole or len(parts) != config["buckets"] or sum(parts) != counts.get("rows"):
             return f"the rows of split {split!r}"
     return None
 
