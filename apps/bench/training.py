@@ -33,6 +33,7 @@ from torchrec_sid.artifact import write_json
 from torchrec_sid.data.prepare import prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
+from torchrec_sid.data.specification import Specification
 from torchrec_sid.data.synthetic import SyntheticConfig, write_synthetic
 from torchrec_sid.models.build import Ranking, RankingConfig, build_ranking
 from torchrec_sid.models.channels import ARMS
@@ -52,6 +53,7 @@ from torchrec_sid.training.schedule import RateSchedule
 
 from ..rundir import set_up_logging
 from .loop_cost import loop_cost_us
+from .prepare_events import write_wide_log
 
 _SPEC = SidSpec((64, 64, 64, 64))
 _SIDE = SidSpec((3,) * 25)
@@ -81,6 +83,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer arms, steps and repeats")
     parser.add_argument("--arms", nargs="*", help="only these")
     parser.add_argument("--processes", nargs="*", type=int, help="only these")
+    parser.add_argument(
+        "--features", type=float, help="log of so many events with 40 features, arm full_id"
+    )
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args()
     set_up_logging()
@@ -91,8 +96,9 @@ def main() -> None:
         processes=tuple(options.processes or config.processes),
     )
     with tempfile.TemporaryDirectory() as folder:
-        write_synthetic(Path(folder) / "log", SyntheticConfig())
-        log = prepare(Path(folder) / "log", Path(folder) / "prepared")
+        log = _log(Path(folder), options.features)
+        if options.features:
+            config = replace(config, arms=("full_id",))
         cost = loop_cost_us(Path(folder) / "board")
         rows: list[dict[str, Any]] = []
         for processes in config.processes:
@@ -106,6 +112,16 @@ def main() -> None:
         console = Console(width=120)
     console.print(_table(rows))
     console.print(f"our loop itself: {cost:.1f} microseconds of CPU time a step")
+
+
+def _log(folder: Path, events: float | None) -> PreparedLog:
+    """The synthetic log, or one of random events with 40 features."""
+    if events is None:
+        write_synthetic(folder / "log", SyntheticConfig())
+        return prepare(folder / "log", folder / "prepared")
+    file = write_wide_log(folder / "log", int(events), features=True)
+    assert file is not None
+    return prepare(folder / "log", folder / "prepared", specification=Specification.read(file))
 
 
 def _others(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

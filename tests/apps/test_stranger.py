@@ -12,6 +12,7 @@ from rich.console import Console
 from apps.compare import CompareConfig, compare
 from apps.inspect import main as inspect
 from apps.prepare_log import main as prepare_log
+from tests.data.test_engines import contents
 from tests.stranger import write_stranger
 from torchrec_sid.data import PreparedLog, Specification
 from torchrec_sid.errors import SidError
@@ -88,3 +89,17 @@ def test_events_on_unknown_items_are_named_by_their_own_id(tmp_path: Path) -> No
         SidError, match=r"item SKU-00000 at row \d+ of day=2026-01-\d\d/part-0.parquet is not in items"
     ):
         compare(CompareConfig(str(tmp_path / "out"), str(folder)), Console())
+
+
+@pytest.mark.slow
+def test_spark_by_the_command_line_gives_the_same_files(tmp_path: Path) -> None:
+    pytest.importorskip("pyspark", reason="the extra spark is not installed")
+    folder = write_stranger(tmp_path / "shop", events=600)
+    logs = []
+    for engine in ("duckdb", "spark"):
+        out = tmp_path / engine
+        options = ["--data", str(folder), "--output", str(out), "--guess", "--prepare.engine", engine]
+        prepare_log([*options, "--prepare.buckets", "2"])
+        logs.append(PreparedLog.open(out, verify=True))
+    assert contents(logs[0]) == contents(logs[1])
+    assert logs[0].fingerprint == logs[1].fingerprint
