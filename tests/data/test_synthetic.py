@@ -208,6 +208,7 @@ CHANGES: dict[str, Any] = {
     "subtopic_signal": 0.0,
     "item_signal": 0.0,
     "quality_signal": 0.0,
+    "taste_days": 10,
     "bias": 2.0,
     "days": 30,
     "start": 0,
@@ -247,3 +248,24 @@ def test_embeddings_feed_a_quantizer(folder: LogFolder) -> None:
     assert total == stream.rows == 2_000
     first = next(iter(stream))
     assert first.equal(from_numpy(np.asarray(folder.embedding_matrix(), np.float32)[: len(first)]))
+
+
+def test_tastes_last_or_are_drawn_anew():
+    import numpy as np
+
+    from torchrec_sid.data.planted import World
+
+    user, topic = np.repeat(np.arange(50), 30), np.tile(np.arange(30) % 16, 50)
+    ts = np.tile(np.arange(30) * 86_400, 50)
+    lasting = World(SyntheticConfig())
+    assert np.array_equal(lasting.tasting(user, ts), user)
+    drifting = World(SyntheticConfig(taste_days=10))
+    eras = drifting.tasting(user, ts).reshape(50, 30)
+    # In 30 days every user changes tastes three times, or two and on days of their own.
+    assert {len(set(mine)) for mine in eras.tolist()} <= {3, 4}
+    assert len({tuple(np.diff(mine) > 0) for mine in eras}) == 10
+    same = [
+        np.corrcoef(world.likes_topic(user, topic), world.likes_topic(world.tasting(user, ts), topic))[0, 1]
+        for world in (lasting, drifting)
+    ]
+    assert same[0] == pytest.approx(1) and abs(same[1]) < 0.6

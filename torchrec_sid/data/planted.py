@@ -63,6 +63,8 @@ class SyntheticConfig:
     """Likewise for the item's latent, which its embeddings show in part."""
     quality_signal: float = 0.8
     """How much they depend on the item alone: half shown by its embeddings, half by its events only."""
+    taste_days: int = 0
+    """Days after which a user's tastes are drawn anew, each user's on a day of their own; 0: they last."""
     bias: float = -0.6
     """Log-odds where all else is 0."""
     days: int = 90
@@ -77,6 +79,8 @@ class SyntheticConfig:
         for name in ("items", "users", "events", "topics", "subtopics", "dim", "max_history", "days"):
             if getattr(self, name) < 1:
                 raise SidError(name, f"{getattr(self, name)}", "Choose 1 or more.")
+        if self.taste_days < 0:
+            raise SidError("taste_days", f"{self.taste_days}", "Choose days, or 0 for tastes that last.")
         for name in ("new_items", "freshness", "category_noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise SidError(name, f"{getattr(self, name)}", "Choose a share from 0 to below 1.")
@@ -141,6 +145,14 @@ class World:
     def activity(self, user: Array) -> Array:
         """``[n]`` -> ``[n]`` float64 weight."""
         return np.maximum(self._uniform(_BUSY, user), 1e-12) ** -self.config.activity
+
+    def tasting(self, user: Array, ts: Array) -> Array:
+        """``[n]`` users, seconds since the start -> ``[n]`` int64: whose tastes they have at that time, as
+        a number to ask :meth:`likes_topic` and :meth:`log_odds` about; the user's own while tastes last."""
+        days = self.config.taste_days
+        if not days:
+            return user
+        return np.asarray(user + ((ts // 86_400 + user % days) // days << 40), np.int64)
 
     def likes_topic(self, user: Array, topic: Array) -> Array:
         """``[n]``, ``[n]`` -> ``[n]`` float32, near standard normal."""

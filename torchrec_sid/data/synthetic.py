@@ -154,8 +154,9 @@ def _write_events(path: Path, world: World) -> None:
             first, last = (int(e) * world.seconds // c.events for e in (event[0], event[-1] + 1))
             ts = np.sort(random.integers(first, max(last, first + 1), len(event)))
             user = exposure.users(random.random(len(event)))
-            item = exposure.items(user, ts, random)
-            chance = 1 / (1 + np.exp(-world.log_odds(user, item)))
+            tastes = world.tasting(user, ts)
+            item = exposure.items(tastes, ts, random)
+            chance = 1 / (1 + np.exp(-world.log_odds(tastes, item)))
             label = random.random(len(event)) < chance
             columns = [user, item + FIRST_ITEM_ID, ts + c.start, label]
             arrays = [
