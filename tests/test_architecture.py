@@ -30,7 +30,7 @@ _LAYERS = {
             ("collections", "data"),
             ("item_content", "learn", "moved_rows", "new_generation", "parallel", "replace"),
             ("metrics", "models"),
-            ("training",),
+            ("monitors", "training"),
             ("serving",),
         )
     )
