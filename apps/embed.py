@@ -22,7 +22,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import Normalizer
 
-from torchrec_sid.artifact import write_atomically, write_json
+from torchrec_sid.artifact import save_array, write_atomically, write_json
 from torchrec_sid.data.embeddings import find_embeddings
 from torchrec_sid.data.lake import ParquetTable, folder_at
 from torchrec_sid.errors import SidError
@@ -144,15 +144,10 @@ def _write_shards(folder: Path, blocks: Iterator[Array], several: bool) -> tuple
     files, dim = [], 0
     for number, block in enumerate(blocks):
         file = folder / (f"item_emb_{number:05d}.npy" if several else "item_emb.npy")
-        write_atomically(file, functools.partial(_save, block))
+        write_atomically(file, functools.partial(save_array, values=block))
         files.append(file)
         dim = block.shape[1]
     return tuple(files), dim
-
-
-def _save(vectors: Array, path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, vectors)
 
 
 def _read_texts(table: ParquetTable, columns: tuple[str, ...]) -> list[str]:

@@ -55,7 +55,7 @@ def open_rank_log(output: str | Path, rank: int) -> None:
     path = Path(output) / "logs" / f"rank-{rank}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path)
+        handler = _RankLog(path)
     except OSError as error:
         raise SidError(
             str(output), f"cannot be written ({error.strerror})", "Free space, or pass another --output."
@@ -64,6 +64,13 @@ def open_rank_log(output: str | Path, rank: int) -> None:
     logging.getLogger().addHandler(handler)
     rank_log.addHandler(handler)
     rank_log.info("process %d on %s", os.getpid(), platform.node())
+
+
+class _RankLog(logging.FileHandler):
+    """A log that a full disk ends in peace: the screen has the same lines, and the cause."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Instead of a traceback for every line."""
 
 
 def describe_run(run: Run, output: Path) -> None:

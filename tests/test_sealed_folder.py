@@ -4,10 +4,12 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torchrec_sid.artifact import (
@@ -16,6 +18,7 @@ from torchrec_sid.artifact import (
     open_folder,
     record_file,
     record_tree,
+    save_array,
     seal_folder,
     whole_folder,
     work_folder,
@@ -284,6 +287,26 @@ def test_what_a_disk_says_is_said_once_by_name(number: int) -> None:
         assert os.strerror(number) in str(said.value)
     with pytest.raises(RuntimeError, match="a bug"), disk_errors("folder"):
         raise RuntimeError("a bug")
+
+
+def _write_under_quota(path: Path, failed) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        save_array(path, np.arange(400))
+    except OSError as error:
+        failed.value = error.errno or 0
+
+
+def test_an_array_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    values = np.arange(400).reshape(20, 20).T
+    save_array(tmp_path / "a.npy", values)
+    assert (np.load(tmp_path / "a.npy") == values).all()
+    # Shorter than a buffer of C's library, whose last write numpy.save does not look at.
+    failed = _FORK.Value("i", 0)
+    writer = _FORK.Process(target=_write_under_quota, args=(tmp_path / "b.npy", failed))
+    writer.start()
+    writer.join()
+    assert failed.value == errno.EFBIG
 
 
 def test_records_are_of_what_lies_there(tmp_path: Path) -> None:

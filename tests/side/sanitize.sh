@@ -11,7 +11,8 @@ python="${PYTHON:-.venv/bin/python}"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 export TORCHREC_SID_CACHE="$folder" HOSTILE_CASES="${1:-1000}" OMP_NUM_THREADS=2
-export CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
+# Not for the compiler itself, which takes many minutes under it.
+export CXX="env -u LD_PRELOAD g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
 export ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 "$python" -c "from torchrec_sid.side.kernels.compiler import load_library; found = load_library(); assert not found.reason, found"
 "$python" -m pytest -q -x -p no:cacheprovider tests/side/test_arguments.py tests/side/test_requests.py \

@@ -4,7 +4,7 @@ One safetensors file (:func:`save_artifact`, :func:`load_artifact`) or a folder 
 (:func:`seal_folder`, :func:`open_folder`). docs/trust.md says what the checks are good for.
 """
 
-from torchrec_sid.artifact.disk import disk_errors, work_folder, write_atomically, write_json
+from torchrec_sid.artifact.disk import disk_errors, save_array, work_folder, write_atomically, write_json
 from torchrec_sid.artifact.folder import (
     Contents,
     FileRecord,
@@ -46,6 +46,7 @@ __all__ = [
     "read_manifest",
     "record_file",
     "record_tree",
+    "save_array",
     "save_artifact",
     "seal_folder",
     "unused_name",

@@ -18,8 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from torchrec_sid.artifact.place import Place, RemotePath, locate
@@ -174,6 +177,18 @@ def write_atomically(path: str | Path | RemotePath, write: Callable[[Path], obje
         temporary.chmod(0o666 & ~umask)
         temporary.replace(place)
         sync_directory(place.parent)
+
+
+def save_array(path: Path, values: NDArray[Any]) -> None:
+    """Write a ``.npy`` file.
+
+    ``numpy.save`` hands a file to C, where what a full disk or a quota says of its last bytes is lost.
+
+    Raises:
+        OSError: the disk is full, read-only or not ours.
+    """
+    with path.open("wb") as file:
+        np.lib.format.write_array(SimpleNamespace(write=file.write), values, allow_pickle=False)
 
 
 def write_json(path: str | Path | RemotePath, value: Any) -> None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as kinds
 
+from torchrec_sid.artifact import save_array
 from torchrec_sid.data.event_columns import is_text
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.specification import (
@@ -215,10 +216,10 @@ def save_feature(folder: Path, key: str, found: Array | Jagged) -> None:
     """Write a feature of all items or users as ``KEY.npy``, or ``KEY.values.npy`` and
     ``KEY.offsets.npy``."""
     if isinstance(found, Jagged):
-        np.save(folder / f"{key}.values.npy", found.values)
-        np.save(folder / f"{key}.offsets.npy", np.append(0, np.cumsum(found.lengths)))
+        save_array(folder / f"{key}.values.npy", found.values)
+        save_array(folder / f"{key}.offsets.npy", np.append(0, np.cumsum(found.lengths)))
     else:
-        np.save(folder / f"{key}.npy", found)
+        save_array(folder / f"{key}.npy", found)
 
 
 def example_column(found: Array | Jagged) -> pa.Array:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from torchrec_sid.artifact import save_array
 from torchrec_sid.data import event_queries as queries
 from torchrec_sid.data.appender import NpyAppender
 from torchrec_sid.data.engines import Table, one_row
@@ -218,9 +219,9 @@ class Preparation:
 
     def _write_items(self, train_events: Array, segment: Array) -> None:
         folder = self.run.work / "items"
-        np.save(folder / "id.npy", self.folder.item_ids)
-        np.save(folder / "train_events.npy", train_events)
-        np.save(folder / "segment.npy", segment)
+        save_array(folder / "id.npy", self.folder.item_ids)
+        save_array(folder / "train_events.npy", train_events)
+        save_array(folder / "segment.npy", segment)
         pq.write_table(pa.table({"item": self.folder.item_keys}), folder / "keys.parquet")
 
     def _history_events(self) -> int:
