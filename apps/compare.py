@@ -152,7 +152,6 @@ def arm_rows(config: CompareConfig) -> Comparison:
         else None
     )
     sources = (config.source,) if config.source else ()
-    bare = config.data is None or config.specification == "none"
     rows = tuple(
         Row(
             arm.name,
@@ -170,8 +169,7 @@ def arm_rows(config: CompareConfig) -> Comparison:
             "side": SidRecipe(config.side, sources=sources),
         },
         reference="full_id" if "full_id" in config.arms else None,
-        none="none" if "none" in config.arms and bare else None,
-        features="none" if "none" in config.arms and not bare else None,
+        none="none" if "none" in config.arms else None,
     )
 
 

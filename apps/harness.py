@@ -137,6 +137,7 @@ def run_rows(
     sources = LogFolder.open(data, item_id=item_id, embeddings=base.embeddings).sources
     base = replace(base, prepared=str(log.path))
     rows = comparison(log.items).for_sources(sources)
+    rows = rows if specification is None else rows.with_features()
     arms = {row.name: arm_named(row.model.arm) for row in rows.rows}
     plain = base
     if specification is not None and any(row.bare for row in rows.rows):

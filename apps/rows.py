@@ -95,6 +95,12 @@ class Comparison:
             return self
         return self._with_rows(tuple(row for row in self.rows if not row.every_source))
 
+    def with_features(self) -> Comparison:
+        """On a log with features, a row without items that is not bare is the base without ids."""
+        if all(row.bare for row in self.rows if row.name == self.none):
+            return self
+        return replace(self, none=None, features=self.features or self.none)
+
     def with_file(self, path: str | Path, items: int) -> Comparison:
         """Rows of somebody's file added.
 

@@ -71,6 +71,15 @@ def test_gains_are_measured_against_the_row_that_is_named() -> None:
         Comparison("t", rows, reference="z")
 
 
+def test_on_a_log_with_features_the_row_without_items_is_the_base_without_ids() -> None:
+    model = RankingConfig(arm="none")
+    table = Comparison("t", (Row("none", model), Row("a", model)), none="none")
+    assert (table.with_features().none, table.with_features().features) == (None, "none")
+    bare = Comparison("t", (Row("none", model, bare=True), Row("a", model)), none="none", features="a")
+    assert bare.with_features() == bare
+    assert Comparison("t", (Row("a", model),)).with_features().features is None
+
+
 def _run(folder: Path, **options: object) -> TrainConfig:
     return TrainConfig(data="log", output=str(folder / "run"), **options)  # type: ignore[arg-type]
 
