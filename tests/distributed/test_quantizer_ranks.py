@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,7 +16,10 @@ from torchrec_sid.artifact import fingerprint
 from torchrec_sid.quantizers import RqVae, RqVaeConfig, VqFusion
 from torchrec_sid.quantizers.bottleneck import Bottleneck, BottleneckConfig, start_bottleneck
 from torchrec_sid.quantizers.collectives import Collectives
+from torchrec_sid.quantizers.fusion.fusion_fit import FusionFit
+from torchrec_sid.quantizers.fusion.source_rows import FusionData
 from torchrec_sid.quantizers.gradient_fit import all_tensors
+from torchrec_sid.quantizers.usage import UsageMonitor, count_codes, usage_of
 
 CONFIG = dataclasses.replace(SMALL, batch_size=32)
 
@@ -123,3 +127,53 @@ def test_ranks_share_the_rows_without_overlap() -> None:
     assert second["own"] == list(range(1, 23, 2))
     assert first["gathered"] == second["gathered"] == [0.0, 1.0, 1.0]
     assert first["sums"] == second["sums"] == [3, 4]
+
+
+def _measured() -> dict[str, Any]:
+    """What a fit on two ranks says of itself, beside what one process finds in the same quantizer."""
+    ranks = Collectives(dist.group.WORLD)
+    x = bent_clusters(301)
+    quantizer = RqVae(12, dataclasses.replace(CONFIG, epochs=0.0))
+    report = quantizer.fit(x, group=dist.group.WORLD)
+    total = (x - x.mean(0)).square().sum()
+    depths = range(1, quantizer.spec.levels + 1)
+    codes = quantizer.encode(x)
+    alone = [float((x - quantizer.decode(codes[:, :d])).square().sum() / total) for d in depths]
+    monitor = UsageMonitor((8, 4), (1.0, 1.0), 0.0)
+    every = torch.stack([torch.arange(40) % 8, torch.arange(40) % 20 // 5], 1)
+    monitor.add(every[ranks.rank :: 2][: 12 + 8 * ranks.rank])
+    seen = torch.cat([every[0::2][:12], every[1::2]])
+    return {
+        "fvu": (list(report.fvu), alone),
+        "usage": (monitor.read(ranks, 1), usage_of(count_codes(seen, (8, 4)))),
+    }
+
+
+def test_ranks_measure_what_one_process_does() -> None:
+    for found in run_ranks(_measured, 2):
+        assert found["fvu"][0] == pytest.approx(found["fvu"][1], rel=1e-4)
+        assert found["usage"][0] == found["usage"][1]
+
+
+def _noise() -> dict[str, Any]:
+    ranks = Collectives(dist.group.WORLD)
+    config = dataclasses.replace(FUSION, epochs=0.0, source_dropout=0.5)
+    data = items(301)
+    fusion = VqFusion(SOURCES, config)
+    report = fusion.fit(data, group=dist.group.WORLD)
+    opened = FusionData(data, SOURCES)
+    packed = fusion.model.pack(next(iter(opened)))
+    losses = [
+        float(FusionFit(fusion.model, config, opened, None, r)._step(packed, 7).loss)
+        for r in (ranks, Collectives(None))
+    ]
+    alone = FusionFit(fusion.model, config, opened, None, Collectives(None)).level_errors()
+    return {"loss": losses[0], "alone": losses[1], "errors": (report.fvu, alone)}
+
+
+def test_a_fusion_measures_as_one_process_does_and_ranks_hide_other_sources() -> None:
+    first, second = run_ranks(_noise, 2)
+    for found in (first, second):
+        assert found["errors"][0] == pytest.approx(found["errors"][1], rel=1e-4)
+    assert first["loss"] != second["loss"], "both ranks hid the same sources of the same items"
+    assert first["alone"] == second["alone"] == first["loss"]
