@@ -1,12 +1,12 @@
-"""One user, many candidates: `python -m apps.bench.requests [--quick] --json FILE`.
+"""One user, many candidates: `python -m apps.bench.requests [--quick] --before CHECKOUT --json FILE`.
 
 The attention operator alone, from absorbed queries and packed events (systems ``code_space``: as modules
-call it, with its checks; ``code_space_rows``: a running softmax per candidate over every event, the kernel
-that it replaces, without checks) against scaled_dot_product_attention over events whose keys and values are
-at hand (``sdpa_dense``, 384 dims; ``sdpa_narrow``, 32) and over dense events with the query absorbed
-(``absorbed_dense``). Backward: the gradient of the queries, and for SDPA of keys and values too. Errors are
-against float64, for the first candidates. Peaks count tensors; the compiled kernel's own tables and copy of
-the events (under 2 MB a thread and 30 bytes an event) come on top.
+call it, with its checks; ``code_space_rows``: the operator of ``--before``, a checkout of another commit,
+on the same input in a process of its own) against scaled_dot_product_attention over events whose keys and
+values are at hand (``sdpa_dense``, 384 dims; ``sdpa_narrow``, 32) and over dense events with the query
+absorbed (``absorbed_dense``). Backward: the gradient of the queries, and for SDPA of keys and values too.
+Errors are against float64, for the first candidates. Peaks count tensors; the compiled kernel's own tables
+and copy of the events (under 2 MB a thread and 30 bytes an event) come on top.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +25,10 @@ from torch.nn import functional as F
 
 from torchrec_sid.artifact import write_json
 from torchrec_sid.side.event_layout import FeatureLayout
-from torchrec_sid.side.kernels import attention_cpu
 from torchrec_sid.side.kernels.attention_operator import code_attention, code_attention_backward
-from torchrec_sid.side.kernels.attention_problem import checked_problem
 
 from .alternating import alternate, peak_mb
+from .kernel_before import KernelBefore
 
 CPU = torch.device("cpu")
 CHECKED = 4
@@ -42,6 +43,8 @@ class RequestBenchConfig:
     """Small requests, three rounds (under a minute)."""
     json: str | None = None
     """File for the rows."""
+    before: str | None = None
+    """Checkout whose operator is code_space_rows; none: that system is left out."""
     rounds: int = 7
     """Timed runs of each system; 3 with --quick."""
     heads: int = 4
@@ -66,8 +69,8 @@ class Request(NamedTuple):
 class Work(NamedTuple):
     """One system and pass."""
 
-    run: Callable[[], Tensor]
-    """The output, or the gradient of the queries, candidate after candidate."""
+    run: Callable[[], Tensor | None]
+    """The output, or the gradient of the queries by candidate; None: another process has it."""
     truth: Tensor
     """The same in float64, of the first candidates."""
 
@@ -98,26 +101,22 @@ def make_events(request: Request, layout: FeatureLayout, generator: torch.Genera
     return torch.stack(columns, 1).to(torch.uint8)
 
 
-def code_space(request: Request, events: Tensor, layout: FeatureLayout, config: RequestBenchConfig) -> Any:
-    """``{(system, pass): Work}`` of the operator and of the kernel before it."""
+def code_space(
+    request: Request, events: Tensor, layout: FeatureLayout, config: RequestBenchConfig
+) -> tuple[dict[tuple[str, str], Work], KernelBefore | None]:
+    """``{(system, pass): Work}`` of the operator, and that of the checkout before."""
     generator, heads = torch.Generator().manual_seed(config.seed), config.heads
     rows = request.candidates * heads
     query = torch.randn(1, rows, layout.num_features, generator=generator) * 0.3
     upstream = torch.randn(1, rows, layout.num_features, generator=generator)
     lengths, nothing = torch.tensor([request.events]), torch.zeros(1, rows)
     static = (layout.text, heads, "softmax")
-    problem = checked_problem(query, events, lengths, None, None, *static, None, None, None)
 
     def step() -> Tensor:
         out = code_attention(query, events, lengths, None, None, *static, "auto", False)
         return code_attention_backward(
             upstream, nothing, *out, query, events, lengths, None, None, *static, "auto"
         )[0]
-
-    def step_rows() -> Tensor:
-        out = attention_cpu.forward(problem, running=True)
-        delta = (upstream[0] * out.z).sum(-1)
-        return attention_cpu.backward(upstream[0], nothing[0], delta, problem, out, running=True).query
 
     first = query[0, : CHECKED * heads].double().requires_grad_()
     phi = layout.expand(events, torch.float64)
@@ -127,14 +126,16 @@ def code_space(request: Request, events: Tensor, layout: FeatureLayout, config: 
     def forward() -> Tensor:
         return code_attention(query, events, lengths, None, None, *static, "auto", False)[0]
 
-    return {
+    works = {
         ("code_space", "forward"): Work(forward, z.detach()),
         ("code_space", "forward+backward"): Work(step, grad),
-        ("code_space_rows", "forward"): Work(
-            lambda: attention_cpu.forward(problem, running=True).z, z.detach()
-        ),
-        ("code_space_rows", "forward+backward"): Work(step_rows, grad),
     }
+    if config.before is None:
+        return works, None
+    before = KernelBefore(config.before, query, events, upstream, layout.text, heads)
+    for (_, name), work in list(works.items()):
+        works["code_space_rows", name] = Work(partial(before.run, name), work.truth)
+    return works, before
 
 
 def dense(request: Request, dims: int, absorbed: bool, config: RequestBenchConfig) -> Any:
@@ -179,7 +180,7 @@ def measure(request: Request, config: RequestBenchConfig) -> list[dict[str, Any]
     text = ",".join(["3x3x3x3x3"] * request.code_bytes + [f"#{request.actions}", f"#{request.age_buckets}"])
     layout = FeatureLayout.parse(text)
     events = make_events(request, layout, torch.Generator().manual_seed(config.seed))
-    works: dict[tuple[str, str], Work] = code_space(request, events, layout, config)
+    works, before = code_space(request, events, layout, config)
     rivals = (("sdpa_dense", 384, False), ("sdpa_narrow", 32, False), ("absorbed_dense", 384, True))
     for name, dims, absorbed in rivals:
         found = dense(request, dims, absorbed, config)
@@ -188,10 +189,18 @@ def measure(request: Request, config: RequestBenchConfig) -> list[dict[str, Any]
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
         named = {" ".join(key): work.run for key, work in works.items()}
-        times = alternate(named, 3 if config.quick else config.rounds, CPU)
+        rounds = 3 if config.quick else config.rounds
+        times = alternate(named, rounds, CPU)
         for (system, step), work in works.items():
             truth = work.truth
-            found = work.run().detach().double().reshape(-1, truth.shape[-1])[: truth[..., 0].numel()]
+            answer, milliseconds = work.run(), times[f"{system} {step}"]
+            if answer is None:
+                assert before is not None
+                milliseconds = median(before.milliseconds[step][-rounds - 1 : -1])
+                answer, peak = before.answer(step), before.peak_mb(step)
+            else:
+                peak = peak_mb(work.run, CPU)
+            found = answer.detach().double().reshape(-1, truth.shape[-1])[: truth[..., 0].numel()]
             error = (found - truth.reshape(found.shape)).abs().max() / truth.abs().max()
             rows.append(
                 {
@@ -205,12 +214,14 @@ def measure(request: Request, config: RequestBenchConfig) -> list[dict[str, Any]
                     "threads": count,
                     "system": system,
                     "pass": step,
-                    "ms": times[f"{system} {step}"],
-                    "peak_mb": peak_mb(work.run, CPU),
+                    "ms": milliseconds,
+                    "peak_mb": peak,
                     "max_error": float(error),
                 }
             )
     torch.set_num_threads(threads)
+    if before is not None:
+        before.close()
     return rows
 
 
