@@ -203,3 +203,14 @@ def test_four_fifths_of_the_traffic_of_a_log_that_grew_keep_their_first_code(tmp
     done = align_codes(after, before.encode(x[:3800]), after.encode(x[:3800]), traffic[:3800])
     assert 1 - done.aligned.traffic[0] >= 0.8
     assert warm or 1 - done.unaligned.traffic[0] < 3 / codes
+
+
+def test_traffic_under_other_parents_does_not_decide_where_matched_ones_speak():
+    quantizer = ResidualKMeans(2, ResidualKMeansConfig(cardinalities=(3, 2)))
+    quantizer.fitted.fill_(True)
+    old = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]])
+    new = torch.tensor([[0, 0], [0, 1], [0, 1], [0, 0], [0, 1], [0, 0]])
+    # Over all parents 6 of 10 would have the second codes exchanged; the matched parent would not.
+    done = align_codes(quantizer, old, new, torch.tensor([2.0, 2.0, 1.5, 1.5, 1.5, 1.5]))
+    assert done.renaming.codes[0][0] == 0
+    assert done.renaming.codes[1].tolist() == [0, 1]
