@@ -172,7 +172,10 @@ def test_versions_are_exchanged_without_an_error(versions, tmp_path):
     shutil.copytree(versions[0], folder)
     dense = len(Ranker.load(versions[0]).dense_names)
     asked = inputs(dense)
-    answers = {i: np.round(expected(version, asked), 4).tolist() for i, version in enumerate(versions)}
+    answers = {
+        i: np.round(expected(version, asked).astype(float), 4).tolist()
+        for i, version in enumerate(versions)
+    }
     assert answers[0] != answers[1]
     with running(folder) as server:
         seen, stop = [], threading.Event()

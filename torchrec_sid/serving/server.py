@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import uuid
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -236,6 +237,10 @@ async def _serve(config: ServerConfig, ranker: Ranker) -> None:
     rpc = await _start_grpc(config, plane, models) if config.grpc_port else None
     follower = asyncio.create_task(model.follow())
     logger.info("%s: %s items", config.folder, f"{len(ranker.item_ids):,}")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Uvicorn raises the signal that ended it once more, which would end this process before gRPC and
+        # the batches in flight are done.
+        signal.signal(number, lambda *_: None)
     try:
         await server.serve()  # returns on SIGTERM and SIGINT
     finally:
