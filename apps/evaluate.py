@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     """
     output = Path(config.run)
     # Its plan is for the processes of the training, so another is made.
-    run = open_run(replace(trained_config(output), plan=None), device)
+    run = open_run(replace(trained_config(output), plan=None, predictions=False), device)
     try:
         position = run.load_trained()
         if not position.step:
