@@ -251,7 +251,7 @@ def plot_gains(rows: Sequence[Mapping[str, Any]], cost: str, path: Path) -> None
 def _spread(row: Mapping[str, Any]) -> str:
     spread, interval = row["gain_std"], row["gain_interval"]
     if interval is not None:
-        doubt = ", which holds 0," if interval[0] <= 0 <= interval[1] else ""
+        doubt = ", which holds 0" if interval[0] <= 0 <= interval[1] else ""
         return f"(95% interval over users and seeds [{interval[0]:+.2f}, {interval[1]:+.2f}]{doubt}) "
     if spread is None:
         return ""
