@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import CombinedOptimizer
 
-from torchrec_sid.artifact import save_artifact
+from torchrec_sid.artifact import has_manifest, save_artifact
 from torchrec_sid.data.batch import BatchConfig
 from torchrec_sid.data.prepare import log_fingerprint, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.schema import LogFolder, find_specification
 from torchrec_sid.data.statistics import mean_history
-from torchrec_sid.errors import SidError
+from torchrec_sid.errors import ArtifactError, SidError
 from torchrec_sid.metrics import SliceMetrics
 from torchrec_sid.models.build import Ranking, build_ranking
 from torchrec_sid.models.channels import arm_named
@@ -34,12 +34,14 @@ from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
+from torchrec_sid.parallel.warm_start import TakenState
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.training.early_stopping import EarlyStopping
 from torchrec_sid.training.log_features import group_names, log_sizes
 from torchrec_sid.training.loop import Position, TrainingLoop
-from torchrec_sid.training.run_record import run_identity
+from torchrec_sid.training.run_record import run_identity, trained_config
 from torchrec_sid.training.schedule import RateSchedule, clip_gradients, make_dense_optimizer
+from torchrec_sid.training.table_rows import moved_rows
 from torchrec_sid.training.train_config import TrainConfig
 
 PREDICTIONS = "predictions"
@@ -66,17 +68,57 @@ def open_log(config: TrainConfig, ranks: Ranks, begun: CheckpointInfo | None = N
     def make() -> str:
         specification = find_specification(config.data, config.specification)
         if begun is not None:
-            mark = log_fingerprint(config.data, out, config.prepare, specification=specification)
+            # What an earlier log gave is in the prepared one; the run that it came from may be gone.
+            extended = PreparedLog.open(out).extends if has_manifest(out) else _extended(config)
+            mark = log_fingerprint(
+                config.data, out, config.prepare, specification=specification, extends=extended
+            )
             if (trained := begun.identity.get("log", mark)) != mark:
                 raise SidError(
                     str(begun.path),
                     f"was trained with log {trained[:12]}, this run has log {mark[:12]}",
                     "Pass the log of that run, or start a new run in another directory.",
                 )
-        return prepare(config.data, out, config.prepare, specification=specification).fingerprint
+            if has_manifest(out) and PreparedLog.open(out, verify=True).fingerprint == mark:
+                return mark
+        earlier = None if config.init_from is None else earlier_run(Path(config.init_from)).log
+        return prepare(
+            config.data, out, config.prepare, specification=specification, extends=earlier
+        ).fingerprint
 
     ranks.first(make, where=config.data)
     return replace(PreparedLog.open(out), closed=config.closed_splits)
+
+
+class EarlierRun(NamedTuple):
+    """What a warm start reads of a run."""
+
+    checkpoint: CheckpointInfo
+    """The state that its training ended with."""
+    log: PreparedLog
+    """What it trained on."""
+    pieces: str | None
+    """Path of its SentencePiece vocabulary."""
+
+
+def earlier_run(output: Path) -> EarlierRun:
+    """Open a run directory to start from.
+
+    Raises:
+        ArtifactError: no run or checkpoint there, or its prepared log, which says what its rows stand for,
+            is gone.
+    """
+    config = trained_config(output)
+    with CheckpointManager(trained_directory(output)) as manager:
+        info = manager.latest()
+    if info is None:
+        raise ArtifactError(str(output), "no checkpoint", "Train it first with torchrec-sid train.")
+    return EarlierRun(info, PreparedLog.open(config.prepared or output / "prepared"), config.pieces)
+
+
+def _extended(config: TrainConfig) -> str | None:
+    """Fingerprint of the log that the run's own extends."""
+    return None if config.init_from is None else earlier_run(Path(config.init_from)).log.fingerprint
 
 
 # Stage 2: what its items are.
@@ -289,6 +331,18 @@ class Run:
         for checkpoints in (self.loop.checkpoints, self.loop.best):
             if checkpoints is not None:
                 checkpoints.close()
+
+
+def start_warm(run: Run) -> TakenState:
+    """Take what fits of the state of ``run.config.init_from``; a collective call.
+
+    Raises:
+        SidError: no such run, or numbers of its log mean something else in this one.
+    """
+    assert run.config.init_from is not None
+    earlier = earlier_run(Path(run.config.init_from))
+    moves = moved_rows(run.sharded.tables, run.ranking.stores, run.log, earlier.log, earlier.pieces)
+    return run.loop.start_from(earlier.checkpoint, moves)
 
 
 def open_run(config: TrainConfig, device: torch.device, *, claim: bool = False) -> Run:
