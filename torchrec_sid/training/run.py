@@ -69,7 +69,10 @@ def open_log(config: TrainConfig, ranks: Ranks, begun: CheckpointInfo | None = N
         specification = find_specification(config.data, config.specification)
         if begun is not None:
             # What an earlier log gave is in the prepared one; the run that it came from may be gone.
-            extended = PreparedLog.open(out).extends if has_manifest(out) else _extended(config)
+            earlier = None if has_manifest(out) else _earlier_log(config)
+            extended = PreparedLog.open(out).extends if has_manifest(out) else None
+            if earlier is not None:
+                extended = earlier.fingerprint
             mark = log_fingerprint(
                 config.data, out, config.prepare, specification=specification, extends=extended
             )
@@ -81,44 +84,21 @@ def open_log(config: TrainConfig, ranks: Ranks, begun: CheckpointInfo | None = N
                 )
             if has_manifest(out) and PreparedLog.open(out, verify=True).fingerprint == mark:
                 return mark
-        earlier = None if config.init_from is None else earlier_run(Path(config.init_from)).log
         return prepare(
-            config.data, out, config.prepare, specification=specification, extends=earlier
+            config.data, out, config.prepare, specification=specification, extends=_earlier_log(config)
         ).fingerprint
 
     ranks.first(make, where=config.data)
     return replace(PreparedLog.open(out), closed=config.closed_splits)
 
 
-class EarlierRun(NamedTuple):
-    """What a warm start reads of a run."""
-
-    checkpoint: CheckpointInfo
-    """The state that its training ended with."""
-    log: PreparedLog
-    """What it trained on."""
-    pieces: str | None
-    """Path of its SentencePiece vocabulary."""
-
-
-def earlier_run(output: Path) -> EarlierRun:
-    """Open a run directory to start from.
-
-    Raises:
-        ArtifactError: no run or checkpoint there, or its prepared log, which says what its rows stand for,
-            is gone.
-    """
-    config = trained_config(output)
-    with CheckpointManager(trained_directory(output)) as manager:
-        info = manager.latest()
-    if info is None:
-        raise ArtifactError(str(output), "no checkpoint", "Train it first with torchrec-sid train.")
-    return EarlierRun(info, PreparedLog.open(config.prepared or output / "prepared"), config.pieces)
-
-
-def _extended(config: TrainConfig) -> str | None:
-    """Fingerprint of the log that the run's own extends."""
-    return None if config.init_from is None else earlier_run(Path(config.init_from)).log.fingerprint
+def _earlier_log(config: TrainConfig) -> PreparedLog | None:
+    """The log of the run that this one starts from: what the rows of that run's tables stand for."""
+    if config.init_from is None:
+        return None
+    return PreparedLog.open(
+        trained_config(Path(config.init_from)).prepared or Path(config.init_from) / "prepared"
+    )
 
 
 # Stage 2: what its items are.
@@ -340,9 +320,14 @@ def start_warm(run: Run) -> TakenState:
         SidError: no such run, or numbers of its log mean something else in this one.
     """
     assert run.config.init_from is not None
-    earlier = earlier_run(Path(run.config.init_from))
-    moves = moved_rows(run.sharded.tables, run.ranking.stores, run.log, earlier.log, earlier.pieces)
-    return run.loop.start_from(earlier.checkpoint, moves)
+    output = Path(run.config.init_from)
+    trained, log = trained_config(output), _earlier_log(run.config)
+    with CheckpointManager(trained_directory(output)) as manager:
+        info = manager.latest()
+    if info is None or log is None:
+        raise ArtifactError(str(output), "no checkpoint", "Train it first with torchrec-sid train.")
+    moves = moved_rows(run.sharded.tables, run.ranking.stores, run.log, log, trained.pieces)
+    return run.loop.start_from(info, moves)
 
 
 def open_run(config: TrainConfig, device: torch.device, *, claim: bool = False) -> Run:

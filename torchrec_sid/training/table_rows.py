@@ -108,7 +108,9 @@ def _piece_moves(stores: tuple[ItemStore, ...], earlier: str | None) -> RowMoves
             "Train pieces on SIDs of one shape.",
         )
     known = {key: row for row, key in enumerate(_piece_keys(before))}
-    return _moves(np.array([known.get(key, -1) for key in _piece_keys(now)]), len(before))
+    # The last row is that of items without a SID.
+    rows = [*(known.get(key, -1) for key in _piece_keys(now)), len(before)]
+    return _moves(np.array(rows), len(before) + 1)
 
 
 def _piece_keys(pieces: SidPieces) -> list[tuple[int, ...]]:
