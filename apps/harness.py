@@ -43,8 +43,8 @@ STAMP = "comparison.json"
 """In a run directory that a comparison made: what it trains."""
 _OF_A_RUN = {
     STAMP,
-    *("run.yaml", "run.json", "config.json", "environment.json", "plan.json", "plan.txt", "init.json"),
-    *("metrics.json", "checkpoints", "best", "tensorboard", "logs", "profile", "prepared", "served"),
+    *("run.yaml", "run.json", "config.json", "environment.json", "plan.json", "plan.txt", "metrics.json"),
+    *("checkpoints", "best", "tensorboard", "logs", "profile", "prepared", "served"),
 }
 """What may lie in a run directory."""
 

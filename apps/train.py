@@ -17,16 +17,13 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from torchrec_sid.artifact import write_json
 from torchrec_sid.models.dlrm import RankingOutput
 from torchrec_sid.parallel.ranks import Ranks, process_group
-from torchrec_sid.parallel.warm_start import TakenState
 from torchrec_sid.training.loop import Position, TrainResult
 from torchrec_sid.training.profile import StepProfiler
 from torchrec_sid.training.progress_line import TrainingProgress
 from torchrec_sid.training.recorder import StepRecorder, track_run
-from torchrec_sid.training.run import Run, open_run, start_warm
-from torchrec_sid.training.table_rows import describe_moves
+from torchrec_sid.training.run import Run, open_run
 from torchrec_sid.training.train_config import TrainConfig
 
 from .cli import parse_config, plain_errors
@@ -65,8 +62,6 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         # A run that is not continued by this one is refused before anything of it is overwritten.
         at = run.loop.resume()
         run.ranks.first(lambda: describe_run(run, output), where=config.output)
-        if config.init_from is not None and not at.step:
-            report_start(start_warm(run), run)
         result = _run(run, output, at)
         slices = run.evaluate(config.evaluate_on)
         report = {
@@ -82,27 +77,6 @@ def train(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         whole = slices["all"]
         track_run(output, {"ne": whole.ne, "auc": whole.auc, "calibration": whole.calibration})
     return report
-
-
-def report_start(taken: TakenState, run: Run) -> None:
-    """Say what a warm start took, grew and drew anew, and write it to ``OUTPUT/init.json``."""
-    if run.ranks.rank:
-        return
-    grown = {name: describe_moves(moves) for name, moves in taken.grown.items()}
-    logger.info("warm start from %s: %d weights taken", run.config.init_from, len(taken.taken))
-    for name, said in grown.items():
-        text = "%s: %d rows where there were %d, %d of them taken, %d drawn anew"
-        logger.info(text, name, said["rows"], said["rows_before"], said["taken"], said["drawn"])
-    for text, names in (
-        ("drawn anew", taken.drawn),
-        ("optimizer state anew", taken.fresh),
-        ("left behind", taken.left),
-    ):
-        if names:
-            logger.info("%s: %s", text, ", ".join(names))
-    parts = {"taken": taken.taken, "drawn": taken.drawn, "fresh": taken.fresh, "left": taken.left}
-    said_of = {"init_from": run.config.init_from, "grown": grown, **{k: list(v) for k, v in parts.items()}}
-    write_json(Path(run.config.output) / "init.json", said_of)
 
 
 def _run(run: Run, output: Path, at: Position) -> TrainResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,8 +50,6 @@ class ValueRows:
     """Of the vocabulary, in the order of their rows, from ``FIRST_ROW`` on."""
     counts: dict[str, int] = field(default_factory=dict)
     """Of the training period, while the vocabulary is learned."""
-    kept: tuple[str, ...] = ()
-    """Values of the log that this one extends: their rows stay."""
 
     @property
     def rows(self) -> int:
@@ -72,8 +70,6 @@ class ValueRows:
         else:
             kept = (item for item in self.counts.items() if item[1] >= feature.min_count)
             names = [name for name, _ in sorted(kept, key=lambda item: (-item[1], item[0]))]
-        earlier = set(self.kept)
-        names = [*self.kept, *(name for name in names if name not in earlier)]
         self.values = pa.array(names, pa.large_string())
 
     def encode(self, values: pa.Array) -> Array:
@@ -99,13 +95,9 @@ class NumberScale:
     deviation: float = 1.0
     edges: list[float] | None = None
     """Inner boundaries of the buckets."""
-    kept: bool = False
-    """Whether it is that of the log that this one extends."""
 
     def learn(self, values: Array, feature: NumericFeature) -> None:
         """Measure the training period's values ``[n]`` float64, NaN where missing."""
-        if self.kept:
-            return
         values = self._logged(values[np.isfinite(values)])
         if feature.buckets is not None:
             inner = np.linspace(0, 1, feature.buckets + 1)[1:-1]
@@ -145,20 +137,6 @@ class FeatureEncoding:
                 self.tables.setdefault(table_of(feature), ValueRows(feature.hash_rows))
             elif isinstance(feature, NumericFeature):
                 self.scales[feature_key(feature)] = NumberScale(feature.log)
-
-    def extend(self, vocabularies: Mapping[str, pa.Array], scales: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on from what an earlier log learned: values keep their rows, numbers their scales.
-
-        Args:
-            vocabularies: table -> values in the order of their rows.
-            scales: feature -> what :meth:`write` said of it.
-        """
-        for name, values in vocabularies.items():
-            if name in self.tables and self.tables[name].hash_rows is None:
-                self.tables[name].kept = tuple(values.to_pylist())
-        for name, scale in scales.items():
-            if name in self.scales and self.scales[name].log == scale["log"]:
-                self.scales[name] = NumberScale(**scale, kept=True)
 
     def count(self, feature: CategoricalFeature, column: pa.Array) -> None:
         """Count a categorical column of the training period, if its vocabulary is to be learned."""

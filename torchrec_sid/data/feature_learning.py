@@ -71,8 +71,6 @@ class LogFeatures:
             past_columns,
             {},
         )
-        if run.extends is not None:
-            found.encoding.extend(run.extends.vocabularies, run.extends.scales)
         for folder in ("items", "users"):
             (run.work / folder).mkdir()
         items = {feature_key(f): _item_column(run, f) for f in found.of_items}

@@ -46,7 +46,6 @@ def prepare(
     config: PrepareConfig | None = None,
     *,
     specification: Specification | None = None,
-    extends: PreparedLog | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PreparedLog:
     """Prepare a log, or reuse what is in ``out`` if it was made of the same files and configuration.
@@ -56,32 +55,25 @@ def prepare(
         out: folder to write; replaced as a whole once the new one is complete.
         config: how.
         specification: what the log's columns are; None: those that docs/data.md names, without features.
-        extends: an earlier log, prepared with features: their values keep its rows, their numbers its
-            scales, and new values come after them.
         progress: called with what is being done, and with what was left out.
 
     Raises:
         SidError: the log breaks the format (each way is named in docs/data.md), or ``out`` holds
-            something else, or the log that this one extends.
+            something else.
         ArtifactError: what is there was damaged: every byte is read before it is used again.
     """
     config, out = config or PrepareConfig(), Path(out)
-    extended = None if extends is None else extends.fingerprint
-    source = _source(folder, out, config, specification, extended)
+    source = _source(folder, out, config, specification)
     found = _reusable(out, source.mark)
     if found is not None:
         return found
-    if extends is not None and out.resolve() == extends.path.resolve():
-        raise SidError(
-            str(out), "is the log that this one extends", "Prepare the longer one in another folder."
-        )
     with folder_lock(out):
         # Another process may have made it while this one waited.
         found = _reusable(out, source.mark)
         if found is not None:
             return found
         with whole_folder(out, KIND) as work, disk_errors(str(out)):
-            manifest = _run(source.folder, config, specification, extends, work, progress or _log.info)
+            manifest = _run(source.folder, config, specification, work, progress or _log.info)
             body = {
                 "fingerprint": source.mark,
                 **manifest,
@@ -99,18 +91,13 @@ def log_fingerprint(
     config: PrepareConfig | None = None,
     *,
     specification: Specification | None = None,
-    extends: str | None = None,
 ) -> str:
     """The fingerprint that the log has once :func:`prepare` has filled ``out``; nothing is written.
-
-    Args:
-        folder, out, config, specification: as there.
-        extends: fingerprint of the log that it extends.
 
     Raises:
         SidError: as there, for files that are missing or cannot be read.
     """
-    return _source(folder, Path(out), config or PrepareConfig(), specification, extends).mark
+    return _source(folder, Path(out), config or PrepareConfig(), specification).mark
 
 
 class _Source(NamedTuple):
@@ -123,11 +110,7 @@ class _Source(NamedTuple):
 
 
 def _source(
-    folder: LogFolder | str | Path,
-    out: Path,
-    config: PrepareConfig,
-    specification: Specification | None,
-    extends: str | None,
+    folder: LogFolder | str | Path, out: Path, config: PrepareConfig, specification: Specification | None
 ) -> _Source:
     if not isinstance(folder, LogFolder):
         folder = LogFolder.open(folder, item_id=specification.columns.item_id if specification else None)
@@ -135,8 +118,6 @@ def _source(
     for engine_only in ("engine", "memory"):
         del recipe[engine_only]
     recipe["specification"] = specification.to_plain() if specification else None
-    if extends is not None and specification is not None:
-        recipe["extends"] = extends
     files = InputFiles.of(folder, _inputs_of(out))
     return _Source(folder, recipe, files, files.fingerprint(LAYOUT_VERSION, recipe, folder))
 
@@ -145,7 +126,6 @@ def _run(
     folder: LogFolder,
     config: PrepareConfig,
     specification: Specification | None,
-    extends: PreparedLog | None,
     work: Path,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -177,7 +157,6 @@ def _run(
         columns,
         release,
         given,
-        extends,
     )
     try:
         return Preparation(run).write()

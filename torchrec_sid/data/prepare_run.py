@@ -15,7 +15,6 @@ from torchrec_sid.data.given_histories import GivenHistories
 from torchrec_sid.data.lake import ParquetTable
 from torchrec_sid.data.parquet import Array
 from torchrec_sid.data.prepare_config import PrepareConfig
-from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.schema import LogFolder
 from torchrec_sid.data.specification import Specification
 
@@ -40,8 +39,6 @@ class PrepareRun:
     release: Array
     """``[N]`` int8: first split of each item, by its hold-out."""
     given: GivenHistories | None
-    extends: PreparedLog | None = None
-    """Log whose rows of values, and scales of numbers, stay as they are."""
 
     @property
     def buckets(self) -> int:

@@ -169,22 +169,6 @@ class PreparedLog:
         """Values of a table in the order of their rows, from row 2 on; row 0 is missing, 1 unknown."""
         return self._read("vocabularies", table).column("value").combine_chunks()
 
-    @property
-    def vocabularies(self) -> dict[str, pa.Array]:
-        """Table -> its values, of all tables whose values have names."""
-        tables = self.manifest["features"]["tables"]
-        return {name: self.vocabulary(name) for name, said in tables.items() if said["hash_rows"] is None}
-
-    @property
-    def extends(self) -> str | None:
-        """Fingerprint of the log whose rows of values and scales of numbers this one keeps."""
-        return self.manifest["config"].get("extends")
-
-    @property
-    def scales(self) -> dict[str, dict[str, Any]]:
-        """Numeric feature -> its scale: ``log``, ``mean``, ``deviation``, ``edges`` of buckets."""
-        return dict(self.manifest["features"]["scales"])
-
     def table_rows(self, feature: CategoricalFeature | NumericFeature) -> int:
         """Rows of a feature's table."""
         return self.manifest["features"]["rows"][table_of(feature)]

@@ -11,10 +11,10 @@ import io
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable
 from math import prod
 from pathlib import Path, PosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,10 +37,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import (
-    _create_chunk_list,
-    _create_read_item_for_tensor,
-)
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -105,39 +101,8 @@ def start_writing(
     return lambda: _writing(directory, future.result)
 
 
-class RowMoves(NamedTuple):
-    """Where the rows of a table stand in a larger one, or in one of another order."""
-
-    before: int
-    """Rows of the table that was saved."""
-    after: int
-    """Rows of the table that takes them."""
-    runs: tuple[tuple[int, int, int], ...]
-    """``(source, target, rows)``: that many rows move together; no target twice."""
-
-    @property
-    def taken(self) -> int:
-        """Rows that move."""
-        return sum(rows for _, _, rows in self.runs)
-
-
-def read_state(
-    state: dict[str, Any],
-    folder: SealedFolder,
-    group: dist.ProcessGroup | None,
-    *,
-    moves: Mapping[str, RowMoves] | None = None,
-    skip: Collection[str] = (),
-) -> None:
+def read_state(state: dict[str, Any], folder: SealedFolder, group: dist.ProcessGroup | None) -> None:
     """Read a state in place, resharding it; a collective call.
-
-    Args:
-        state: nested dict of tensors.
-        folder: the checkpoint.
-        group: of the processes.
-        moves: entry -> where its saved rows go; rows that none of them goes to stay as they are. Of every
-            run of rows each stored shard that holds some is read once.
-        skip: entries that are left as they are.
 
     Raises:
         SidError: an entry has another shape or cannot be read.
@@ -147,7 +112,7 @@ def read_state(
         "Resume with the sharding plan of the checkpoint: --plan takes its directory.",
     )
     reader = _RemoteReader(folder) if isinstance(folder.path, RemotePath) else _LocalReader(folder)
-    planner = _DataOnlyPlanner(moves or {}, skip)
+    planner = _DataOnlyPlanner()
     try:
         _quietly(lambda: dcp_load(state, storage_reader=reader, planner=planner, process_group=group))
     except CheckpointException as error:
@@ -264,27 +229,15 @@ def _covered(entry: TensorStorageMetadata) -> bool:
 class _DataOnlyPlanner(DefaultLoadPlanner):
     """Reads byte entries as data: torch's own planner unpickles whatever they hold."""
 
-    def __init__(self, moves: Mapping[str, RowMoves], skip: Collection[str]) -> None:
-        super().__init__()
-        self.moves, self.skip = moves, skip
-
     def create_local_plan(self) -> LoadPlan:
         """Of all but empty branches: a rank without a shard of some table has one that nobody wrote."""
         wanted = {
             name: value
             for name, value in self.state_dict.items()
-            if name not in self.skip and not (isinstance(value, dict) and not value)
+            if not (isinstance(value, dict) and not value)
         }
         assert self.metadata is not None, "set_up_planner comes first"
-        whole = {name: value for name, value in wanted.items() if name not in self.moves}
-        plan = create_default_local_load_plan(whole, self.metadata, True)
-        moved = [
-            item
-            for name, value in wanted.items()
-            if name in self.moves
-            for item in _moved_rows(name, self.metadata.state_dict_metadata[name], value, self.moves[name])
-        ]
-        return LoadPlan([*plan.items, *moved])
+        return create_default_local_load_plan(wanted, self.metadata, True)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         data = torch.load(value, map_location="cpu", weights_only=True)
@@ -292,32 +245,6 @@ class _DataOnlyPlanner(DefaultLoadPlanner):
             set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], data)
         else:
             self.state_dict[read_item.dest_index.fqn] = data
-
-
-def _moved_rows(name: str, saved: Any, value: Any, moves: RowMoves) -> Iterator[ReadItem]:
-    """What to read of the stored shards into those of this process, moved along the first dimension."""
-    for number, mine in enumerate(_create_chunk_list(value)):
-        for source, target, rows in moves.runs:
-            first = max(target, mine.offsets[0])
-            last = min(target + rows, mine.offsets[0] + mine.sizes[0])
-            for stored_number, stored in enumerate(saved.chunks if first < last else ()):
-                wanted = [(first - target + source, last - target + source)]
-                wanted += [(a, a + n) for a, n in zip(mine.offsets[1:], mine.sizes[1:], strict=True)]
-                held = [(a, a + n) for a, n in zip(stored.offsets, stored.sizes, strict=True)]
-                both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, held, strict=True)]
-                if any(a >= b for a, b in both):
-                    continue
-                begin = [a for a, _ in both]
-                there = [a - o for a, o in zip(begin, stored.offsets, strict=True)]
-                begin[0] += target - source
-                here = [a - o for a, o in zip(begin, mine.offsets, strict=True)]
-                yield _create_read_item_for_tensor(
-                    dest_index=MetadataIndex(name, mine.offsets, number),
-                    dest_offsets=here,
-                    storage_index=MetadataIndex(name, stored.offsets, stored_number),
-                    storage_offsets=there,
-                    lengths=[b - a for a, b in both],
-                )
 
 
 class _LocalReader(FileSystemReader):

@@ -22,11 +22,8 @@ from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SLICES, SlicedMetrics, SliceMetrics
 from torchrec_sid.models.dlrm import RankingOutput, by_task
 from torchrec_sid.parallel.checkpoint import CheckpointManager
-from torchrec_sid.parallel.checkpoint_files import CheckpointInfo
-from torchrec_sid.parallel.dcp import RowMoves
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.state import apply_training_state, prepare_to_load, training_state
-from torchrec_sid.parallel.warm_start import TakenState, take_state
 from torchrec_sid.training.early_stopping import EarlyStopping
 from torchrec_sid.training.progress_line import TrainingProgress
 
@@ -137,19 +134,6 @@ class TrainingLoop:
         """
         saved = self._load(self.best)
         return None if saved is None else Position(**saved["position"])
-
-    def start_from(self, info: CheckpointInfo, moves: Mapping[str, RowMoves]) -> TakenState:
-        """Begin with what fits of another run's state; call it before :meth:`train`. The position stays 0.
-
-        Args:
-            info: a checkpoint of that run.
-            moves: name of a weight -> where its rows stand now, for tables whose rows changed.
-        """
-        prepare_to_load(self.optimizer)
-        state = training_state(self.model, self.optimizer)
-        taken = take_state(info, state, moves, self.ranks)
-        apply_training_state(self.model, self.optimizer, state)
-        return taken
 
     def train(
         self,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import CombinedOptimizer
 
-from torchrec_sid.artifact import has_manifest, save_artifact
+from torchrec_sid.artifact import save_artifact
 from torchrec_sid.data.batch import BatchConfig
 from torchrec_sid.data.prepare import log_fingerprint, prepare
 from torchrec_sid.data.prepared import PreparedLog
 from torchrec_sid.data.reader import BatchReader
 from torchrec_sid.data.schema import LogFolder, find_specification
 from torchrec_sid.data.statistics import mean_history
-from torchrec_sid.errors import ArtifactError, SidError
+from torchrec_sid.errors import SidError
 from torchrec_sid.metrics import SliceMetrics
 from torchrec_sid.models.build import Ranking, build_ranking
 from torchrec_sid.models.channels import arm_named
@@ -34,14 +34,12 @@ from torchrec_sid.parallel.planner_config import PlannerConfig
 from torchrec_sid.parallel.planner_file import load_planner_config
 from torchrec_sid.parallel.ranks import Ranks
 from torchrec_sid.parallel.sharding import ShardedModel, shard_model
-from torchrec_sid.parallel.warm_start import TakenState
 from torchrec_sid.seeding import derived_generator
 from torchrec_sid.training.early_stopping import EarlyStopping
 from torchrec_sid.training.log_features import group_names, log_sizes
 from torchrec_sid.training.loop import Position, TrainingLoop
-from torchrec_sid.training.run_record import run_identity, trained_config
+from torchrec_sid.training.run_record import run_identity
 from torchrec_sid.training.schedule import RateSchedule, clip_gradients, make_dense_optimizer
-from torchrec_sid.training.table_rows import moved_rows
 from torchrec_sid.training.train_config import TrainConfig
 
 PREDICTIONS = "predictions"
@@ -68,37 +66,17 @@ def open_log(config: TrainConfig, ranks: Ranks, begun: CheckpointInfo | None = N
     def make() -> str:
         specification = find_specification(config.data, config.specification)
         if begun is not None:
-            # What an earlier log gave is in the prepared one; the run that it came from may be gone.
-            earlier = None if has_manifest(out) else _earlier_log(config)
-            extended = PreparedLog.open(out).extends if has_manifest(out) else None
-            if earlier is not None:
-                extended = earlier.fingerprint
-            mark = log_fingerprint(
-                config.data, out, config.prepare, specification=specification, extends=extended
-            )
+            mark = log_fingerprint(config.data, out, config.prepare, specification=specification)
             if (trained := begun.identity.get("log", mark)) != mark:
                 raise SidError(
                     str(begun.path),
                     f"was trained with log {trained[:12]}, this run has log {mark[:12]}",
                     "Pass the log of that run, or start a new run in another directory.",
                 )
-            if has_manifest(out) and PreparedLog.open(out, verify=True).fingerprint == mark:
-                return mark
-        return prepare(
-            config.data, out, config.prepare, specification=specification, extends=_earlier_log(config)
-        ).fingerprint
+        return prepare(config.data, out, config.prepare, specification=specification).fingerprint
 
     ranks.first(make, where=config.data)
     return replace(PreparedLog.open(out), closed=config.closed_splits)
-
-
-def _earlier_log(config: TrainConfig) -> PreparedLog | None:
-    """The log of the run that this one starts from: what the rows of that run's tables stand for."""
-    if config.init_from is None:
-        return None
-    return PreparedLog.open(
-        trained_config(Path(config.init_from)).prepared or Path(config.init_from) / "prepared"
-    )
 
 
 # Stage 2: what its items are.
@@ -311,23 +289,6 @@ class Run:
         for checkpoints in (self.loop.checkpoints, self.loop.best):
             if checkpoints is not None:
                 checkpoints.close()
-
-
-def start_warm(run: Run) -> TakenState:
-    """Take what fits of the state of ``run.config.init_from``; a collective call.
-
-    Raises:
-        SidError: no such run, or numbers of its log mean something else in this one.
-    """
-    assert run.config.init_from is not None
-    output = Path(run.config.init_from)
-    trained, log = trained_config(output), _earlier_log(run.config)
-    with CheckpointManager(trained_directory(output)) as manager:
-        info = manager.latest()
-    if info is None or log is None:
-        raise ArtifactError(str(output), "no checkpoint", "Train it first with torchrec-sid train.")
-    moves = moved_rows(run.sharded.tables, run.ranking.stores, run.log, log, trained.pieces)
-    return run.loop.start_from(info, moves)
 
 
 def open_run(config: TrainConfig, device: torch.device, *, claim: bool = False) -> Run:

@@ -31,9 +31,6 @@ class TrainConfig:
     """How the log becomes examples."""
     embeddings: str | None = None
     """Folder of the items' embeddings, where they do not lie with the log."""
-    init_from: str | None = None
-    """Run directory to start warm from: its weights and optimizer states are taken by name, and tables grow
-    by what is new in this log. A run that has a checkpoint of its own resumes from that."""
     catalog: str | None = None
     """SidCatalog, for channels with tables over SIDs."""
     pieces: str | None = None
